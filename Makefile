@@ -1,0 +1,26 @@
+# make demo        set up, then adapt the embedded model to a dialect (a minute and a half)
+# make test        set up, then all tests but those against other software (no torch)
+# make test-peers  set up an environment with torch, HF, PEFT and llama.cpp, then compare live
+
+PYTHON ?= python3
+
+demo: .venv/ready
+	.venv/bin/deltanet-ref demo
+
+test: .venv/ready
+	.venv/bin/python -m pytest -n auto
+
+test-peers: .venv-peers/ready
+	.venv-peers/bin/python -m pytest tests/peers
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv-peers/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --editable '.[test,peers]'
+	touch $@
+
+.PHONY: demo test test-peers

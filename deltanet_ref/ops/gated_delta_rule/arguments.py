@@ -1,0 +1,81 @@
+"""What both forms of the gated delta rule ask of their arguments, checked in one place."""
+from typing import NamedTuple
+
+import numpy as np
+
+from deltanet_ref.errors import InputError
+from deltanet_ref.notation import value_to_key_head
+from deltanet_ref.ops.sequences import sequence_boundaries
+
+
+class Arguments(NamedTuple):
+    """The operator's arguments brought to one form: all tokens in a row, one state for each sequence.
+
+    A dense batch (B, L) is the packed case with B sequences of L tokens.
+    """
+    q: np.ndarray             # (B L, H_v, d_k): each value head has its key head's row
+    k: np.ndarray             # (B L, H_v, d_k)
+    v: np.ndarray             # (B L, H_v, d_v)
+    g: np.ndarray             # (B L, H_v) log decay
+    beta: np.ndarray          # (B L, H_v)
+    S0: np.ndarray            # (N_seq, H_v, d_k, d_v); zeros when none was given
+    scale: float
+    cu_seqlens: np.ndarray    # (N_seq + 1,) where each sequence starts; the last entry is B L
+    key_head: np.ndarray      # (H_v,) the key head of each value head
+    batch: tuple              # (B, L), to give o and the gradients their shape back
+
+
+def arguments(q, k, v, *, g, beta, S0, scale, head_order, cu_seqlens):
+    """Check the shapes of DESIGN section 3 and bring them to one form; raises InputError with the remedy."""
+    q, k, v, g, beta = map(np.asarray, (q, k, v, g, beta))
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise InputError(f"{name} has shape {x.shape}; it must be (B, L, heads, head size)")
+    B, L, H_k, d_k = k.shape
+    H_v, d_v = v.shape[2:]
+    if q.shape != k.shape:
+        raise InputError(f"q has shape {q.shape} and k {k.shape}; both must be (B, L, H_k, d_k)")
+    if v.shape[:2] != (B, L):
+        raise InputError(f"v has shape {v.shape}; with k {k.shape} it must begin with ({B}, {L})")
+    for name, x in (("g", g), ("beta", beta)):
+        if x.shape != (B, L, H_v):
+            hint = "; did you pass one per key head?" if x.shape == (B, L, H_k) else ""
+            raise InputError(f"{name} has shape {x.shape}; it must be ({B}, {L}, {H_v}), one per value head{hint}")
+    key_head = value_to_key_head(H_k, H_v, head_order)
+    boundaries = sequence_boundaries(B, L, cu_seqlens)
+    state_shape = (len(boundaries) - 1, H_v, d_k, d_v)
+    dtype = np.result_type(q, k, v, g, beta, np.float32, *(() if S0 is None else (S0,)))
+    if S0 is None:
+        S0 = np.zeros(state_shape, dtype)
+    elif np.shape(S0) != state_shape:
+        raise InputError(f"S0 has shape {np.shape(S0)}; it must be (N_seq, H_v, d_k, d_v) = {state_shape}")
+
+    def tokens_in_a_row(x):
+        return x.reshape(B * L, *x.shape[2:]).astype(dtype, copy=False)
+
+    return Arguments(tokens_in_a_row(q)[:, key_head], tokens_in_a_row(k)[:, key_head], tokens_in_a_row(v),
+                     tokens_in_a_row(g), tokens_in_a_row(beta), np.asarray(S0, dtype),
+                     d_k ** -0.5 if scale is None else scale, boundaries, key_head, (B, L))
+
+
+def gradient_shapes(dq, dk, dv, dg, dbeta, args):
+    """Back to (B, L, ...), the rows of the value heads summed over the key head that they share."""
+    shared = args.key_head == np.arange(args.key_head.max() + 1)[:, None]                     # (H_k, H_v)
+
+    def per_key_head(x):
+        return np.stack([x[:, heads].sum(1) for heads in shared], 1)
+
+    return tuple(x.reshape(*args.batch, *x.shape[1:]) for x in (per_key_head(dq), per_key_head(dk), dv, dg, dbeta))
+
+
+def incoming_gradients(do, dS_end, args):
+    """do as tokens in a row, dS_end as (N_seq, H_v, d_k, d_v), zeros when None; raises InputError on a wrong shape."""
+    o_shape = (*args.batch, *args.v.shape[1:])
+    if np.shape(do) != o_shape:
+        raise InputError(f"do has shape {np.shape(do)}; it must be that of o, {o_shape}")
+    if dS_end is None:
+        dS_end = np.zeros_like(args.S0)
+    elif np.shape(dS_end) != args.S0.shape:
+        raise InputError(f"dS_end has shape {np.shape(dS_end)}; it must be that of S_end, {args.S0.shape}")
+    dtype = args.v.dtype
+    return np.asarray(do, dtype).reshape(args.v.shape), np.asarray(dS_end, dtype)
