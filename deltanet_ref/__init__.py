@@ -1,0 +1,43 @@
+"""deltanet_ref: a reference engine for Qwen3.5 (Gated DeltaNet) without autodiff.
+
+    model = load_model("model.gguf")                       also an HF directory
+    adapter = new_adapter(model, rank=16)
+    train(model, adapter, "data.jsonl", steps=100)
+    adapter.save_gguf("adapter.gguf")                      llama.cpp loads it
+
+DESIGN: notation.py has the conventions; ops/ the mathematics; model/ the network.
+"""
+from pathlib import Path
+
+from deltanet_ref.backends import get_backend
+from deltanet_ref.errors import InputError
+from deltanet_ref.formats.gguf import read_gguf
+from deltanet_ref.formats.tokenizer import Tokenizer, load_tokenizer
+from deltanet_ref.lora.adapter import load_adapter, new_adapter
+from deltanet_ref.model.generate import generate
+from deltanet_ref.model.load import weights_from_gguf, weights_from_hf
+from deltanet_ref.model.qwen35 import Qwen35
+from deltanet_ref.train.lora import train
+
+__all__ = ["load_model", "load_tokenizer", "load_adapter", "new_adapter", "train", "generate", "get_backend", "InputError"]
+__version__ = "0.1.0"
+
+
+def load_model(path, backend="auto", dtype="float32"):
+    """Open a model: a .gguf file, or an HF directory (config.json and safetensors).
+
+    backend  "numpy", or "auto" for the fastest this version has
+    dtype    "float32" or "float64", of all computation; a GGUF's tensors stay as stored until they are used
+    returns  Qwen35 (model.config, model.logits, model.loss_and_grads, ...); model.notes tells what was left out
+    raises   InputError that lists everything wrong with the file; FileNotFoundError
+    """
+    ops = get_backend(backend)
+    path = Path(path)
+    if path.is_dir():
+        config, weights, notes = weights_from_hf(path, dtype)
+        tokenizer = Tokenizer.from_hf(path) if (path / "tokenizer.json").exists() else None
+    else:
+        file = read_gguf(path)
+        config, weights, notes = weights_from_gguf(file, dtype)
+        tokenizer = Tokenizer.from_gguf(file) if "tokenizer.ggml.tokens" in file.metadata else None
+    return Qwen35(config, weights, backend=ops, tokenizer=tokenizer, notes=notes)

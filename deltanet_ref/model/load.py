@@ -1,0 +1,127 @@
+"""A GGUF file or an HF directory becomes (Config, Weights, notes), or one error that lists all that is wrong."""
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from deltanet_ref.errors import InputError
+from deltanet_ref.formats.safetensors import read_safetensors
+from deltanet_ref.model.config import Config
+from deltanet_ref.model.tensors import expected_tensors, hf_shape, to_gguf_form
+from deltanet_ref.model.weights import Weights
+
+# what a checkpoint may hold beside the text model: (pattern, what it is)
+_SKIPPED_GGUF = ((r"(v|mm)\.", "vision"), (r"blk\.\d+\.nextn\.", "multi-token prediction"))
+_SKIPPED_HF = ((r"(model\.)?visual\.", "vision"), (r"mtp\.", "multi-token prediction"))
+
+
+def weights_from_gguf(file, dtype):
+    """Takes the text model out of an opened GGUF file (a GGUFFile); nothing is decoded yet.
+
+    dtype: float32 or float64, that of the arrays given later. Returns (Config, Weights, notes: list of str). Raises
+    InputError: another architecture, or all missing, unexpected and misshapen tensors at once.
+    """
+    dtype = model_dtype(dtype)
+    if not file.tensors:
+        raise InputError(f"{file.path}: holds no tensors (a vocabulary-only file?): pass the model's own GGUF")
+    found = {name: tensor.shape for name, tensor in file.tensors.items()}
+    config = _config(file.path, Config.from_gguf, file.metadata, found)
+    blocks = config.num_hidden_layers + int(file.metadata.get("qwen35.nextn_predict_layers", 0))
+    mtp = "|".join(str(i) for i in range(config.num_hidden_layers, blocks))
+    notes = _skip(found, _SKIPPED_GGUF + (((rf"blk\.({mtp})\.", "multi-token prediction"),) if mtp else ()))
+    expected = expected_tensors(config)
+    _check(file.path, {name: spec.shape for name, spec in expected.items()}, found)
+    weights = Weights(config, {name: file.tensors[name] for name in expected}, dtype)
+    for name in expected:
+        if name.endswith(".ssm_a") and not np.all(weights[name] < 0):
+            raise InputError(f"{file.path}: {name} must hold -exp(A_log), which is negative, and does not: convert the "
+                             "model again")
+    return config, weights, notes
+
+
+def weights_from_hf(directory, dtype):
+    """Reads an HF directory (config.json, *.safetensors) and brings each tensor to GGUF's form in the model's dtype.
+
+    Names of the text model alone and of the multimodal model are both known. Returns and raises as weights_from_gguf.
+    """
+    dtype, directory = model_dtype(dtype), Path(directory)
+    try:
+        text = json.loads((directory / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory}/config.json cannot be read: {error}") from None
+    if not isinstance(text, dict):
+        raise InputError(f"{directory}/config.json is not a JSON object")
+    config = _config(directory, Config.from_hf, text)
+    stored = read_safetensors(directory)
+    found = {name: stored.shape(name) for name in stored}
+    notes = _skip(found, _SKIPPED_HF)
+    origin = {text_model_name(name): name for name in found}
+    found = {name: found[origin[name]] for name in origin}
+    if config.tie_word_embeddings and "lm_head.weight" in found:       # as HF's own loader: tied only if it is a copy
+        head, table = (origin.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if table and np.array_equal(stored[head], stored[table]):
+            del found["lm_head.weight"]
+        else:
+            config = replace(config, tie_word_embeddings=False)
+    expected = expected_tensors(config)
+    _check(directory, {spec.hf_name: hf_shape(spec) for spec in expected.values()}, found)
+    dense = {name: np.ascontiguousarray(to_gguf_form(stored[origin[spec.hf_name]].astype(dtype), spec, config))
+             for name, spec in expected.items()}
+    return config, Weights(config, dense, dtype), notes
+
+
+def model_dtype(dtype):
+    """np.dtype of "float32" or "float64"; raises InputError for any other, bfloat16 included."""
+    name = str(dtype) if isinstance(dtype, str) else np.dtype(dtype).name
+    if name == "bfloat16":
+        raise InputError("bfloat16 belongs to the GPU path, which this version does not have: use dtype='float32'")
+    if name not in ("float32", "float64"):
+        raise InputError(f"dtype {name!r} is unknown: use 'float32' or 'float64'")
+    return np.dtype(name)
+
+
+def text_model_name(name):
+    """The name in the text-only HF model of a tensor (or module) of the multimodal one; other names stay as they are."""
+    for prefix, text_prefix in (("model.language_model.", "model."), ("language_model.model.", "model."),
+                                ("language_model.lm_head.", "lm_head."), ("language_model.", "model.")):
+        if name.startswith(prefix):
+            return text_prefix + name[len(prefix):]
+    return name
+
+
+def listing(kind, names, most=8):
+    """'3 missing: a, b, c' with at most `most` names written out; '' for none."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} {kind}: {', '.join(names[:most])}{more}" if names else ""
+
+
+def _config(where, read, *arguments):
+    try:
+        return read(*arguments)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _skip(found, patterns):
+    """Takes the tensors that match a pattern out of found; returns one note for each kind taken out."""
+    counts = {}
+    for name in list(found):
+        kind = next((kind for pattern, kind in patterns if re.match(pattern, name)), None)
+        if kind:
+            del found[name]
+            counts[kind] = counts.get(kind, 0) + 1
+    return [f"{count} {kind} tensors skipped: only the text model is used" for kind, count in counts.items()]
+
+
+def _check(where, expected, found):
+    """Raises InputError that lists every tensor missing, misshapen or unexpected. Both: dict name -> shape."""
+    misshapen = [f"{name} is {tuple(found[name])}, not {shape}" for name, shape in expected.items()
+                 if name in found and tuple(found[name]) != shape]
+    problems = [listing("missing", [name for name in expected if name not in found]),
+                listing("unexpected", [name for name in found if name not in expected]),
+                listing("misshapen against the file's own configuration", misshapen)]
+    if any(problems):
+        raise InputError(f"{where}: the tensors do not make a Qwen3.5 model: " + "; ".join(p for p in problems if p))

@@ -1,0 +1,272 @@
+"""Qwen3.5, the dense text model: embed, blocks, norm, head; forward and backward by hand.
+
+Inside, tokens stand in one row (1, T) with cu_seqlens: a batch is as many sequences one after the other, and padding is
+left out before anything is computed. DESIGN.md section 5 fixes the public names.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+from deltanet_ref.errors import InputError
+from deltanet_ref.model.block import MLP_TENSORS, block_backward, block_forward
+from deltanet_ref.model.gated_attention import TENSORS as ATTENTION_TENSORS
+from deltanet_ref.model.gated_deltanet import TENSORS as DELTANET_TENSORS
+from deltanet_ref.model.layer import Attached, Gradients, Layer
+from deltanet_ref.ops.sequences import sequence_boundaries
+
+IGNORED = -100                # a label that is not trained, as in HF
+HEAD_BYTES = 64 << 20         # logits of the loss that exist at one time
+PREFILL_TOKENS = 512          # tokens of one prefill pass
+
+
+class State(NamedTuple):
+    """Everything the model remembers of B sequences of equal length. Functions return a new one, none is changed."""
+    position: int             # tokens so far
+    blocks: tuple             # DeltaNetState or AttentionState of each block
+
+
+class Packed(NamedTuple):
+    """Sequences one after the other."""
+    tokens: np.ndarray        # (T,)
+    cu_seqlens: np.ndarray    # (N_seq + 1,)
+    place: tuple              # index of each token in (B, L)
+
+
+class ForwardCache(NamedTuple):
+    blocks: dict              # block number -> its cache, for the blocks that backward visits
+    norm: tuple
+
+
+class Qwen35:
+    """A model ready to run.
+
+    config     model.config.Config, HF's field names
+    weights    model.weights.Weights: GGUF tensor name -> array, V heads tiled
+    backend    the operators: deltanet_ref.ops or a module of deltanet_ref.backends with the same names
+    tokenizer  formats.tokenizer.Tokenizer, or None
+    notes      what loading left out, one line each
+    """
+
+    def __init__(self, config, weights, *, backend, tokenizer=None, notes=()):
+        self.config, self.weights, self.backend = config, weights, backend
+        self.tokenizer, self.notes = tokenizer, list(notes)
+        self.dtype = weights.dtype
+        self.adapters = {}
+        self.layers = [Layer(i, config, weights, backend, self.adapters) for i in range(config.num_hidden_layers)]
+        self.head = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
+
+    # ---- adapters
+
+    def attach(self, adapter, scale=1.0, name=None, trainable=False):
+        """Let an adapter act on the model, beside those that already do. Returns its name."""
+        name = name or f"adapter{len(self.adapters)}"
+        if name in self.adapters:
+            raise InputError(f"an adapter named {name!r} is attached already; detach it or choose another name")
+        if trainable and any(attached.trainable for attached in self.adapters.values()):
+            raise InputError("another adapter is attached as trainable; only one can be")
+        self.adapters[name] = Attached(adapter, scale, trainable)
+        return name
+
+    def detach(self, name):
+        """Take an attached adapter off again; it is returned."""
+        if name not in self.adapters:
+            raise InputError(f"no adapter named {name!r} is attached; attached: {sorted(self.adapters) or 'none'}")
+        return self.adapters.pop(name).adapter
+
+    def _trained(self):
+        attached = list(self.adapters.values())
+        chosen = [a for a in attached if a.trainable] or attached
+        if len(chosen) != 1:
+            raise InputError(f"wrt='lora' needs one trainable adapter, or only one attached; {len(attached)} are attached")
+        return chosen[0]
+
+    # ---- forward
+
+    def logits(self, tokens, lengths=None, cu_seqlens=None):
+        """Next-token logits (B, L, V); zero in the padding.
+
+        tokens (B, L) int; lengths (B,) for right padding; or cu_seqlens (N_seq + 1,) for packed sequences, B = 1
+        """
+        tokens = self._tokens(tokens)
+        packed = self._pack(tokens, lengths, cu_seqlens)
+        logits = np.zeros((*tokens.shape, self.config.vocab_size), self.dtype)
+        h, _ = self._forward(packed, keep_from=None)
+        logits[packed.place] = self.backend.linear_forward(h, self.weights[self.head])[0]
+        return logits
+
+    def hidden_states(self, tokens, lengths=None, cu_seqlens=None):
+        """The embeddings, every block's output and the last norm's: num_hidden_layers + 2 arrays (B, L, D)."""
+        tokens = self._tokens(tokens)
+        packed = self._pack(tokens, lengths, cu_seqlens)
+        states = []
+        self._forward(packed, keep_from=None, visit=states.append)
+        out = [np.zeros((*tokens.shape, self.config.hidden_size), self.dtype) for _ in states]
+        for array, state in zip(out, states):
+            array[packed.place] = state[0]
+        return out
+
+    def loss(self, tokens, labels, lengths=None, cu_seqlens=None):
+        """Mean cross-entropy over the kept labels, in nats.
+
+        labels (B, L) aligned with tokens: the label at t is what the tokens before t should predict (the shift is
+        inside, and never reaches across sequences); -100 is ignored. 0.0 when nothing is kept.
+        """
+        packed, targets = self._pack_with_targets(tokens, labels, lengths, cu_seqlens)
+        h, _ = self._forward(packed, keep_from=None)
+        loss, _ = self._head_loss(h, targets, grads=None)
+        return loss
+
+    def _forward(self, packed, keep_from, visit=lambda h: None):
+        """Hidden states (1, T, D) after the last norm; caches of the blocks from keep_from on (None: no cache)."""
+        h = self._embed(packed.tokens[None])
+        visit(h)
+        lengths = np.diff(packed.cu_seqlens)
+        rope = self._rope(np.arange(len(packed.tokens)) - np.repeat(packed.cu_seqlens[:-1], lengths))
+        caches = {}
+        for layer in self.layers:
+            h, _, cache = block_forward(h, layer, rope=rope, cu_seqlens=packed.cu_seqlens)
+            if keep_from is not None and layer.index >= keep_from:
+                caches[layer.index] = cache
+            visit(h)
+        h, norm = self.backend.rms_norm_forward(h, self.weights["output_norm.weight"], self.config.rms_norm_eps)
+        visit(h)
+        return h, ForwardCache(caches, norm)
+
+    def _embed(self, tokens):
+        used, index = np.unique(tokens, return_inverse=True)
+        return self.backend.embedding_forward(index.reshape(tokens.shape), self.weights.rows("token_embd.weight", used))
+
+    def _rope(self, positions):
+        c = self.config
+        return self.backend.rope_tables(positions, c.rotary_dim, c.rope_theta,
+                                        c.mrope_section, self.dtype)
+
+    # ---- backward
+
+    def loss_and_grads(self, tokens, labels, lengths=None, wrt="all", cu_seqlens=None):
+        """The loss and its gradient with respect to every base tensor ("all") or to the adapter's factors ("lora").
+
+        Arguments as loss. Returns loss, {GGUF tensor name: array}; factors are named "<tensor>.lora_a" and ".lora_b".
+        A tied token_embd.weight includes the head's part. With "lora" nothing is computed that the factors do not need.
+        """
+        if wrt not in ("all", "lora"):
+            raise InputError(f"wrt={wrt!r} is unknown: use 'all' (every base tensor) or 'lora' (the adapter's factors)")
+        grads = Gradients(base=wrt == "all", trained=self._trained() if wrt == "lora" else None)
+        lowest = self._lowest_block(grads)
+        packed, targets = self._pack_with_targets(tokens, labels, lengths, cu_seqlens)
+        h, cache = self._forward(packed, keep_from=lowest)
+        loss, dh = self._head_loss(h, targets, grads)
+        dh, dw = self.backend.rms_norm_backward(dh, cache.norm, need_dw=grads.base)
+        if grads.base:
+            grads.add("output_norm.weight", dw)
+        for index in reversed(range(lowest, len(self.layers))):
+            dh = block_backward(dh, self.layers[index], cache.blocks.pop(index), grads,
+                                need_dx=grads.base or index > lowest)
+        if grads.base:
+            grads.add("token_embd.weight",
+                      self.backend.embedding_backward(dh, packed.tokens[None], self.config.vocab_size))
+        return loss, dict(grads)
+
+    def _lowest_block(self, grads):
+        """The first block with a gradient to collect: backward ends there."""
+        every = DELTANET_TENSORS + ATTENTION_TENSORS + MLP_TENSORS
+        return next((layer.index for layer in self.layers if grads.wanted(layer, every)), len(self.layers))
+
+    def _head_loss(self, h, targets, grads):
+        """Cross-entropy of the head on h (1, T, D), a slice of the trained tokens at a time.
+
+        grads None: only the loss. Otherwise loss and dh, and the head's gradient in grads when the base is trained.
+        """
+        ops, w = self.backend, self.weights[self.head]
+        kept = np.flatnonzero(targets != IGNORED)
+        rows = max(1, HEAD_BYTES // (w.itemsize * len(w)))
+        loss, dh = 0.0, None if grads is None else np.zeros_like(h)
+        for start in range(0, len(kept), rows):
+            place = kept[start:start + rows]
+            x = h[0, place]
+            piece, cache = ops.cross_entropy_forward(ops.linear_forward(x, w), targets[place], count=len(kept))
+            loss += float(piece)
+            if grads is not None:
+                dlogits = ops.cross_entropy_backward(1.0, cache)
+                dh[0, place] = ops.linear_backward_input(dlogits, w)
+                if grads.base:
+                    grads.add(self.head, ops.linear_backward_weight(dlogits, x))
+        if grads is not None and grads.base and not len(kept):
+            grads.add(self.head, np.zeros_like(w))
+        return loss, dh
+
+    # ---- token by token
+
+    def prefill(self, tokens, state=None):
+        """Read tokens (L,) or (B, L), after those already in state. Returns the last token's logits (V,) or (B, V), state."""
+        tokens = np.asarray(tokens)
+        batch = self._tokens(tokens[None] if tokens.ndim == 1 else tokens)
+        self._check_range(batch)
+        if not batch.shape[1]:
+            raise InputError("prefill needs at least one token")
+        for start in range(0, batch.shape[1], PREFILL_TOKENS):
+            h, state = self._continue(batch[:, start:start + PREFILL_TOKENS], state)
+        logits = self.backend.linear_forward(h[:, -1:], self.weights[self.head])[:, 0]
+        return (logits[0] if tokens.ndim == 1 else logits), state
+
+    def step(self, token, state):
+        """One token, an int or (B,), by the recurrence. Returns the next logits (V,) or (B, V), and the new state."""
+        token = np.asarray(token)
+        logits, state = self.prefill(token.reshape(-1, 1), state)
+        return (logits[0] if token.ndim == 0 else logits), state
+
+    def _continue(self, tokens, state):
+        B, L = tokens.shape
+        if state is None:
+            state = State(0, (None,) * len(self.layers))
+        rope = self._rope(state.position + np.arange(L))
+        h, blocks = self._embed(tokens), []
+        for layer, past in zip(self.layers, state.blocks):
+            h, past, _ = block_forward(h, layer, rope=rope, state=past)
+            blocks.append(past)
+        h, _ = self.backend.rms_norm_forward(h, self.weights["output_norm.weight"], self.config.rms_norm_eps)
+        return h, State(state.position + L, tuple(blocks))
+
+    # ---- arguments
+
+    def _tokens(self, tokens):
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+            raise InputError(f"tokens must be whole numbers of shape (B, L); they are {tokens.dtype} {tokens.shape}")
+        return tokens
+
+    def _check_range(self, tokens):
+        wrong = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+        if len(wrong):
+            raise InputError(f"token {wrong[0]} is outside the vocabulary of {self.config.vocab_size}")
+
+    def _pack(self, tokens, lengths, cu_seqlens):
+        """(B, L) with its padding left out -> Packed."""
+        B, L = tokens.shape
+        if cu_seqlens is not None:
+            if lengths is not None:
+                raise InputError("give lengths (padded rows) or cu_seqlens (packed), not both")
+            cu = sequence_boundaries(B, L, cu_seqlens)
+            place = (np.zeros(L, np.int64), np.arange(L))
+        else:
+            lengths = np.full(B, L) if lengths is None else np.asarray(lengths)
+            if lengths.shape != (B,) or (lengths < 0).any() or (lengths > L).any():
+                raise InputError(f"lengths must be {B} whole numbers from 0 to {L}; they are {lengths.tolist()}")
+            cu = np.concatenate([[0], np.cumsum(lengths)])
+            place = np.nonzero(np.arange(L) < lengths[:, None])
+        flat = tokens[place]
+        if not len(flat):
+            raise InputError("there are no tokens")
+        self._check_range(flat)
+        return Packed(flat, cu, place)
+
+    def _pack_with_targets(self, tokens, labels, lengths, cu_seqlens):
+        """Packed, and for each of its tokens the label of the next one in its sequence (-100 for the last)."""
+        tokens, labels = self._tokens(tokens), np.asarray(labels)
+        if labels.shape != tokens.shape:
+            raise InputError(f"labels have shape {labels.shape}, tokens {tokens.shape}; they must be aligned")
+        packed = self._pack(tokens, lengths, cu_seqlens)
+        targets = np.append(labels[packed.place][1:], IGNORED)
+        ends = packed.cu_seqlens[1:] - 1
+        targets[ends[ends >= 0]] = IGNORED
+        return packed, targets

@@ -1,0 +1,344 @@
+"""The whole model against HF in float64 (committed numbers), and against itself where a claim relates two runs."""
+import json
+
+import numpy as np
+import pytest
+
+import deltanet_ref as dr
+from deltanet_ref.model.tensors import expected_tensors, to_gguf_form, v_head_index
+from tests.delta_rule import relative
+from tests.paths import FIXTURES
+
+MODELS = ("eq", "grouped")
+every_model = pytest.mark.parametrize("name", MODELS)
+SEQUENCES = ("t1", "t7", "t64", "t65", "t200")
+
+
+def gguf(name):
+    return FIXTURES / name / f"{name}-f32.gguf"
+
+
+def hf(name):
+    return FIXTURES / name / "hf"
+
+
+def golden(name, file="hf"):
+    return np.load(FIXTURES / name / "golden" / f"{file}.npz")
+
+
+def tokens(name, case):
+    return np.array(json.loads((FIXTURES / name / "golden" / "tokens.json").read_text())[case])[None]
+
+
+def padded_batch(gold):
+    mask = gold["b2/mask"] == 1
+    return gold["b2/ids"], np.where(mask, gold["b2/ids"], -100), mask.sum(1)
+
+
+# The stored numbers are rounded to float32 but for t1, t7 and the losses; a GGUF rounds 1 + w and -exp(A_log) to float32.
+STORED64, STORED32, FROM_GGUF, FROM_GGUF_GRADS, FLOAT32 = 1e-9, 1e-7, 3e-7, 3e-6, 4e-6
+
+
+def tolerances(source, dtype, case):
+    if dtype == "float32":
+        return FLOAT32, FLOAT32
+    if source is gguf:
+        return FROM_GGUF, FROM_GGUF
+    return (STORED64 if case in ("t1", "t7") else STORED32), STORED64
+
+
+@every_model
+@pytest.mark.parametrize("source, dtype", [(hf, "float64"), (gguf, "float64"), (gguf, "float32"), (hf, "float32")])
+def test_logits_hidden_states_and_loss_equal_hf(name, source, dtype):
+    model, gold = dr.load_model(source(name), dtype=dtype), golden(name)
+    for case in SEQUENCES:
+        ids, (tolerance, loss_tolerance) = tokens(name, case), tolerances(source, dtype, case)
+        logits = model.logits(ids)
+        assert logits.dtype == dtype
+        assert relative(logits[0], gold[f"{case}/logits"]) < tolerance, case
+        if f"{case}/loss" in gold.files:
+            assert abs(model.loss(ids, ids) / float(gold[f"{case}/loss"]) - 1) < loss_tolerance, case
+    for case in ("t7", "t65"):
+        states = model.hidden_states(tokens(name, case))
+        tolerance, _ = tolerances(source, dtype, case)
+        for h, key in zip(states, [*(f"h{i}" for i in range(5)), "hnorm"], strict=True):
+            assert relative(h[0], gold[f"{case}/{key}"]) < tolerance, (case, key)
+
+
+@every_model
+@pytest.mark.parametrize("source, dtype", [(hf, "float64"), (gguf, "float32")])
+def test_right_padding_changes_nothing(name, source, dtype):
+    model, gold = dr.load_model(source(name), dtype=dtype), golden(name)
+    ids, labels, lengths = padded_batch(gold)
+    tolerance, loss_tolerance = tolerances(source, dtype, "b2")
+    logits = model.logits(ids, lengths=lengths)
+    for row, n in enumerate(lengths):
+        assert relative(logits[row, :n], gold["b2/logits"][row, :n]) < tolerance
+        assert not logits[row, n:].any()
+    assert abs(model.loss(ids, labels, lengths=lengths) / float(gold["b2/loss"]) - 1) < loss_tolerance
+    poisoned = np.where(labels == -100, 10 ** 6, ids)                  # not even read: no such token exists
+    loss, grads = model.loss_and_grads(poisoned, np.where(labels == -100, 7, labels), lengths=lengths)
+    clean_loss, clean = model.loss_and_grads(ids, labels, lengths=lengths)
+    assert loss == clean_loss and all(np.array_equal(grads[n], clean[n]) for n in clean)
+
+
+def in_gguf_form(name, gradient, spec, config, ssm_a):
+    """An HF gradient with respect to the tensor as GGUF holds it: the same permutation and squeeze, 1 + w moves by
+    nothing, and a = -exp(A_log) gives d/da = (d/dA_log) / a."""
+    moved = to_gguf_form(gradient, spec._replace(value="squeeze" if spec.value == "squeeze" else "same"), config)
+    return moved / ssm_a if spec.value == "minus_exp" else moved
+
+
+@every_model
+@pytest.mark.parametrize("source, tolerance", [(hf, STORED32), (gguf, FROM_GGUF_GRADS)])
+def test_gradient_of_every_parameter_equals_hf(name, source, tolerance):
+    model, gold = dr.load_model(source(name), dtype="float64"), golden(name, "hf_grads")
+    ids = tokens(name, "t65")
+    _, grads = model.loss_and_grads(ids, ids)
+    specs = expected_tensors(model.config)
+    assert set(grads) == set(specs)
+    for tensor, spec in specs.items():
+        theirs = gold[f"t65/grad/{spec.hf_name}"].astype(np.float64)
+        ssm_a = model.weights[tensor] if spec.value == "minus_exp" else None
+        assert relative(grads[tensor], in_gguf_form(name, theirs, spec, model.config, ssm_a)) < tolerance, tensor
+    assert len(specs) == sum(key.startswith("t65/grad/model.") or "lm_head" in key for key in gold.files)
+
+
+@every_model
+@pytest.mark.parametrize("source, tolerance", [(hf, STORED32), (gguf, FROM_GGUF_GRADS)])
+def test_gradients_of_an_adapter_equal_peft(name, source, tolerance):
+    model, gold = dr.load_model(source(name), dtype="float64"), golden(name, "hf_lora_grads")
+    model.attach(dr.load_adapter(FIXTURES / name / "lora.gguf", model))
+    by_hf_name = {spec.hf_name: spec for spec in expected_tensors(model.config).values()}
+    compared = 0
+    for case in sorted({key.split("/")[0] for key in gold.files}):
+        batch, lengths = (padded_batch(golden(name))[::2] if case == "b2" else (tokens(name, case), None))
+        labels = padded_batch(golden(name))[1] if case == "b2" else batch
+        _, grads = model.loss_and_grads(batch, labels, lengths=lengths, wrt="lora")
+        for key in gold.files:
+            if not key.startswith(f"{case}/grad/") or key.endswith("inputs_embeds"):
+                continue
+            module, side = key.split("/grad/base_model.model.")[1].removesuffix(".weight").rsplit(".lora_", 1)
+            module, side = module.removesuffix(".default"), side[0]
+            spec = by_hf_name[module + ".weight"]
+            theirs = gold[key].astype(np.float64)
+            if spec.v_heads and (side == "B") == (spec.v_heads.axis == 0):
+                theirs = np.take(theirs, v_head_index(spec, model.config, to="tiled"), axis=spec.v_heads.axis)
+            assert relative(grads[f"{spec.name}.lora_{side.lower()}"], theirs) < tolerance, key
+            compared += 1
+        assert len(grads) == 2 * sum(spec.linear for spec in by_hf_name.values())
+    assert compared >= 2 * 62
+
+
+@every_model
+@pytest.mark.parametrize("dtype, tolerance", [("float64", FROM_GGUF), ("float32", FLOAT32)])
+def test_logits_with_an_adapter_equal_peft_at_both_scales(name, dtype, tolerance):
+    model, gold = dr.load_model(gguf(name), dtype=dtype), golden(name, "hf_lora")
+    adapter = dr.load_adapter(FIXTURES / name / "lora.gguf", model)
+    for prefix, scale in (("", 1.0), ("half/", 0.5)):
+        model.attach(adapter, scale=scale, name="fixture")
+        for case in SEQUENCES:
+            if f"{prefix}{case}/logits" in gold.files:
+                assert relative(model.logits(tokens(name, case))[0], gold[f"{prefix}{case}/logits"]) < tolerance
+        model.detach("fixture")
+    case = "t65"
+    assert relative(model.logits(tokens(name, case))[0], golden(name)[f"{case}/logits"]) < tolerance
+
+
+@pytest.mark.parametrize("file", ["q8_0", "Q4_K_M"])
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 3e-7), ("float32", 2e-5)])
+def test_quantised_models_equal_hf_on_the_dequantised_values(file, dtype, tolerance):
+    """float32: its noise floor on this model, 3e-6, times six."""
+    gold = np.load(FIXTURES / "quant" / "golden.npz")
+    model = dr.load_model(FIXTURES / "quant" / f"quant-{file}.gguf", dtype=dtype)
+    assert relative(model.logits(gold["t33"][None])[0], gold[f"{file}/hf_f64_dequantised/t33"]) < tolerance
+
+
+@every_model
+def test_greedy_continuations_equal_llama_cpp(name):
+    model = dr.load_model(gguf(name))
+    greedy = json.loads((FIXTURES / name / "golden" / "llama_greedy.json").read_text())["f32/base/"]
+    followed = 0
+    for case, theirs in greedy.items():
+        state = None
+        logits, state = model.prefill(tokens(name, case)[0])
+        for token, margin in zip(theirs["tokens"], theirs["margin"]):
+            if margin < 1e-3:                                          # a tie at the precision of either side
+                break
+            assert int(logits.argmax()) == token, case
+            logits, state = model.step(token, state)
+            followed += 1
+    assert followed > 20
+
+
+# ---- one run against another
+
+@every_model
+@pytest.mark.parametrize("split", [1, 3, 64, 65, 199])
+def test_prefill_then_steps_equals_the_full_forward(name, split):
+    model, ids = dr.load_model(gguf(name), dtype="float64"), tokens(name, "t200")[0]
+    full = model.logits(ids[None])[0]
+    logits, state = model.prefill(ids[:split])
+    assert relative(logits, full[split - 1]) < 1e-12
+    for t in range(split, min(split + 9, 199)):
+        logits, state = model.step(ids[t], state)
+        assert relative(logits, full[t]) < 1e-12, t
+    logits, state = model.prefill(ids[state.position:], state)
+    assert relative(logits, full[-1]) < 1e-12
+
+
+def test_prefill_in_several_passes_equals_one(monkeypatch):
+    model, ids = dr.load_model(gguf("grouped"), dtype="float64"), tokens("grouped", "t200")
+    whole, _ = model.prefill(ids)
+    monkeypatch.setattr("deltanet_ref.model.qwen35.PREFILL_TOKENS", 23)
+    pieces, _ = model.prefill(ids)
+    assert relative(pieces, whole) < 1e-12
+
+
+def test_a_state_can_be_continued_twice():
+    model, ids = dr.load_model(gguf("eq")), tokens("eq", "t64")[0]
+    _, state = model.prefill(ids[:40])
+    first, _ = model.step(ids[40], state)
+    model.step(7, state)
+    again, _ = model.step(ids[40], state)
+    assert np.array_equal(first, again)
+
+
+@every_model
+def test_packed_sequences_equal_separate_runs(name):
+    model = dr.load_model(gguf(name), dtype="float64")
+    rng = np.random.default_rng(0)
+    cu = [0, 1, 6, 73, 93]
+    ids, labels = rng.integers(0, 440, (2, 1, 93))
+    labels[0, ::5] = -100
+    loss, grads = model.loss_and_grads(ids, labels, cu_seqlens=cu)
+    logits = model.logits(ids, cu_seqlens=cu)
+    total, count, summed = 0.0, 0, {tensor: 0.0 for tensor in grads}
+    for a, b in zip(cu, cu[1:]):
+        kept = int((labels[0, a + 1:b] != -100).sum())
+        one, its_grads = model.loss_and_grads(ids[:, a:b], labels[:, a:b])
+        assert relative(logits[:, a:b], model.logits(ids[:, a:b])) < 1e-13
+        total, count = total + kept * one, count + kept
+        summed = {tensor: summed[tensor] + kept * its_grads[tensor] for tensor in summed}
+    assert abs(loss - total / count) < 1e-13
+    for tensor in grads:
+        assert relative(grads[tensor], summed[tensor] / count) < 1e-11, tensor
+
+
+def test_the_first_sequence_does_not_reach_the_second():
+    model = dr.load_model(gguf("grouped"))
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, 440, (1, 90))
+    changed = ids.copy()
+    changed[0, :37] = rng.integers(0, 440, 37)
+    a, b = (model.logits(x, cu_seqlens=[0, 37, 90]) for x in (ids, changed))
+    assert np.array_equal(a[:, 37:], b[:, 37:]) and not np.array_equal(a[:, :37], b[:, :37])
+
+
+def test_nothing_to_train_gives_zero_loss_and_zero_gradients():
+    model, ids = dr.load_model(gguf("grouped")), tokens("grouped", "t7")
+    loss, grads = model.loss_and_grads(ids, np.full_like(ids, -100))
+    assert loss == 0 and set(grads) == set(model.weights) and not any(g.any() for g in grads.values())
+
+
+def test_the_head_in_slices_gives_the_same_loss_and_gradients(monkeypatch):
+    model, ids = dr.load_model(gguf("eq"), dtype="float64"), tokens("eq", "t65")
+    loss, grads = model.loss_and_grads(ids, ids)
+    monkeypatch.setattr("deltanet_ref.model.qwen35.HEAD_BYTES", 9 * 480 * 8)
+    sliced, sliced_grads = model.loss_and_grads(ids, ids)
+    assert abs(sliced / loss - 1) < 1e-14
+    assert relative(sliced_grads["token_embd.weight"], grads["token_embd.weight"]) < 1e-13
+
+
+# ---- adapters on the model
+
+def random_adapter(model, targets=None, seed=3):
+    adapter = dr.new_adapter(model, rank=3, alpha=5, targets=targets, seed=seed)
+    rng = np.random.default_rng(seed)
+    for name in adapter.tensors:
+        adapter.tensors[name] = rng.standard_normal(adapter.tensors[name].shape) * 0.3
+    return adapter
+
+
+def test_several_adapters_add_up_to_their_merged_weights():
+    model, ids = dr.load_model(gguf("grouped"), dtype="float64"), tokens("grouped", "t65")
+    adapters = {0.5: random_adapter(model, seed=1), -2.0: random_adapter(model, ["ffn_up", "attn_qkv"], seed=2)}
+    for scale, adapter in adapters.items():
+        model.attach(adapter, scale=scale)
+    live = model.logits(ids)
+    merged = dr.load_model(gguf("grouped"), dtype="float64")
+    for scale, adapter in adapters.items():
+        for name in {n.rsplit(".lora_", 1)[0] for n in adapter.tensors}:
+            update = adapter.tensors[name + ".lora_b"] @ adapter.tensors[name + ".lora_a"]
+            merged.weights[name] = merged.weights[name] + scale * 5 / 3 * update
+    assert relative(live, merged.logits(ids)) < 1e-12
+
+
+def test_gradients_are_those_of_the_trainable_adapter_with_the_others_in_place():
+    """Central differences of the loss along a random direction of the factors; h^2 and rounding leave about 3e-8."""
+    model, ids = dr.load_model(gguf("grouped"), dtype="float64"), tokens("grouped", "t65")
+    model.attach(random_adapter(model, seed=1), scale=0.7)
+    trained = random_adapter(model, seed=2)
+    model.attach(trained, trainable=True)
+    _, grads = model.loss_and_grads(ids, ids, wrt="lora")
+    assert set(grads) == set(trained.tensors)
+    rng = np.random.default_rng(4)
+    start = dict(trained.tensors)
+    direction = {name: rng.standard_normal(x.shape) for name, x in start.items()}
+    h, losses = 1e-7, []
+    for sign in (1, -1):
+        trained.tensors.update({name: x + sign * h * direction[name] for name, x in start.items()})
+        losses.append(model.loss(ids, ids))
+    slope = sum((grads[name] * direction[name]).sum() for name in grads)
+    assert abs((losses[0] - losses[1]) / (2 * h) / slope - 1) < 1e-6
+
+
+@pytest.mark.parametrize("targets", [["ssm_alpha"], ["ffn_down"], ["attn_k"], ["blk.2.ffn_gate.weight"],
+                                     ["blk.3.attn_output.weight"]])
+def test_an_adapter_on_a_few_tensors_gets_the_gradients_of_one_on_all(targets):
+    """Backward ends at the lowest adapted block: what is left out must not change what is kept."""
+    model, ids = dr.load_model(gguf("grouped"), dtype="float64"), tokens("grouped", "t65")
+    few, every = random_adapter(model, targets), random_adapter(model)
+    for name in every.tensors:
+        every.tensors[name] = few.tensors.get(name, np.zeros_like(every.tensors[name]))
+    model.attach(few, name="x")
+    _, got = model.loss_and_grads(ids, ids, wrt="lora")
+    model.detach("x")
+    model.attach(every, name="x")
+    _, exact = model.loss_and_grads(ids, ids, wrt="lora")
+    assert set(got) == set(few.tensors)
+    assert all(relative(got[name], exact[name]) < 1e-12 for name in got)
+
+
+def test_backward_of_lora_touches_nothing_below_the_lowest_adapted_block(monkeypatch):
+    model, ids = dr.load_model(gguf("grouped")), tokens("grouped", "t65")
+    model.attach(random_adapter(model, ["blk.2.ffn_up.weight"]))
+    visited = []
+    for op in ("linear_backward_input", "linear_backward_weight", "gated_delta_rule_backward", "embedding_backward"):
+        def counted(*args, _op=op, _original=getattr(model.backend, op), **options):
+            visited.append(_op)
+            return _original(*args, **options)
+        monkeypatch.setattr(model.backend, op, counted)
+    model.loss_and_grads(ids, ids, wrt="lora")
+    # the head; block 3 (attention): 4 projections and 3 of the mlp; block 2: ffn_down alone
+    assert visited == ["linear_backward_input"] * (1 + 7 + 1)
+
+
+# ---- requests that make no sense
+
+def test_bad_requests_are_refused_with_the_remedy():
+    model = dr.load_model(gguf("eq"))
+    ids = tokens("eq", "t7")
+    for call, message in [
+            (lambda: model.logits(ids + 480), "outside the vocabulary of 480"),
+            (lambda: model.logits(ids[0]), "shape .B, L."),
+            (lambda: model.logits(ids, lengths=[8]), "from 0 to 7"),
+            (lambda: model.logits(ids, lengths=[3], cu_seqlens=[0, 7]), "not both"),
+            (lambda: model.loss(ids, ids[:, :3]), "aligned"),
+            (lambda: model.loss_and_grads(ids, ids, wrt="lora"), "0 are attached"),
+            (lambda: model.loss_and_grads(ids, ids, wrt="base"), "'all'"),
+            (lambda: model.detach("x"), "attached: none"),
+            (lambda: dr.load_model(gguf("eq"), backend="cuda"), "not in this version"),
+            (lambda: dr.load_model(gguf("eq"), dtype="bfloat16"), "float32")]:
+        with pytest.raises(dr.InputError, match=message):
+            call()
