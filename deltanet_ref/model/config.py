@@ -140,7 +140,7 @@ class Config:
         if recurrent is None:
             values["layer_types"] = _every(number("full_attention_interval", default=4), layers)
         elif np.ndim(recurrent) != 1 or len(recurrent) not in (layers, blocks):
-            problems.append(f"{ARCHITECTURE}.attention.recurrent_layers must have one entry for each of {layers} layers")
+            problems.append(f"{ARCHITECTURE}.attention.recurrent_layers must have {layers} entries, one per layer")
         else:
             values["layer_types"] = tuple(LAYER_TYPES[0 if r else 1] for r in list(recurrent)[:layers])
         inner, heads = number("ssm.inner_size"), values["linear_num_value_heads"]
@@ -166,7 +166,7 @@ class Config:
     def from_hf(cls, config):
         """Reads an HF config.json (a dict): model_type qwen3_5_text, or qwen3_5 with its text_config.
 
-        Absent optional keys take HF's defaults; rotary keys may be nested in rope_parameters or flat. Raises InputError.
+        Absent keys take HF's defaults; rotary keys may be nested in rope_parameters or flat. Raises InputError.
         """
         model_type = config.get("model_type")
         text = config.get("text_config") if model_type == "qwen3_5" else config
@@ -201,7 +201,7 @@ class Config:
         delta = np.array([t == "linear_attention" for t in self.layer_types])
         interval = int(np.argmin(delta)) + 1        # the first attention layer ends the first period ...
         if self.layer_types != _every(interval, self.num_hidden_layers):
-            interval = 4                            # ... unless no interval describes the pattern: recurrent_layers does
+            interval = 4                            # ... where an interval fits; recurrent_layers says it in any case
         keys = {
             "block_count": np.uint32(self.num_hidden_layers),
             **{key: kind(getattr(self, field)) for field, key, kind in GGUF_NUMBERS},

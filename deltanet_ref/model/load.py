@@ -83,7 +83,7 @@ def model_dtype(dtype):
 
 
 def text_model_name(name):
-    """The name in the text-only HF model of a tensor (or module) of the multimodal one; other names stay as they are."""
+    """The name in the text-only HF model of a tensor or module of the multimodal one; other names are unchanged."""
     for prefix, text_prefix in (("model.language_model.", "model."), ("language_model.model.", "model."),
                                 ("language_model.lm_head.", "lm_head."), ("language_model.", "model.")):
         if name.startswith(prefix):

@@ -102,9 +102,10 @@ def linear_tensors(config):
 
 
 def tiled_from_grouped(H_k, H_v, *, size=1, start=0):
-    """Index p, int (start + H_v size,), with x_tiled = x_grouped[p]: R = H_v / H_k, tiled head r H_k + k is grouped k R + r.
+    """Index p, int (start + H_v size,), with x_tiled = x_grouped[p].
 
-    The first `start` entries (q and k channels) stay; each head moves as a block of `size` entries.
+    Tiled head r H_k + k is grouped head k R + r, with R = H_v / H_k. The first `start` entries (q and k channels) stay;
+    each head moves as a block of `size` entries.
     """
     heads = np.arange(H_v).reshape(H_k, H_v // H_k).T.reshape(-1)
     return _blocks(heads, size, start)

@@ -13,8 +13,8 @@ class Weights(Mapping):
     """GGUF name -> array of the model's dtype, in network order.
 
     A stored tensor is a GGUFTensor (its bytes stay in the file's map, quantised, and are decoded at each use) or a
-    dense array. Float32 bytes in a float32 model, and dense arrays, are returned without a copy: do not write into them;
-    w[name] = array replaces a tensor.
+    dense array. Dense arrays, and float32 tensors in a float32 model, come without a copy: do not write into them,
+    replace them by w[name] = array.
     """
 
     def __init__(self, config, stored, dtype):

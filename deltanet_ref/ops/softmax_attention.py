@@ -78,7 +78,7 @@ def softmax_attention_backward(do, cache):
         # 4  o_i = sum_j P_ij v_j
         dv[keys] += _transposed_times(P, do[queries])
         dP = _times(do[queries], v[keys].T)
-        # 3, 2  P = softmax(s)
+        # 3..2  P = softmax of s, row by row
         dP -= mean[queries][..., None]
         dP *= P
         dP *= scale
@@ -136,7 +136,7 @@ def _blocks(q, k, cu_seqlens):
 
 
 def _scores(q, k, scale):
-    """scale q_i . k_j, and -inf where token j comes after i. q (n, G, d), k (m, d), the n last of them q's own tokens."""
+    """scale q_i . k_j, and -inf where j comes after i. q (n, G, d), k (m, d), whose n last rows are q's own tokens."""
     n, m = len(q), len(k)
     s = _times(q * scale, k.T)
     np.copyto(s[..., m - n:], -np.inf, where=~np.tri(n, dtype=bool)[:, None])

@@ -13,8 +13,8 @@ class Arguments(NamedTuple):
 
     A dense batch (B, L) is the packed case with B sequences of L tokens.
     """
-    q: np.ndarray             # (B L, H_v, d_k): each value head has its key head's row
-    k: np.ndarray             # (B L, H_v, d_k)
+    q: np.ndarray             # (B L, H_k, d_k)
+    k: np.ndarray             # (B L, H_k, d_k)
     v: np.ndarray             # (B L, H_v, d_v)
     g: np.ndarray             # (B L, H_v) log decay
     beta: np.ndarray          # (B L, H_v)
@@ -53,8 +53,7 @@ def arguments(q, k, v, *, g, beta, S0, scale, head_order, cu_seqlens):
     def tokens_in_a_row(x):
         return x.reshape(B * L, *x.shape[2:]).astype(dtype, copy=False)
 
-    return Arguments(tokens_in_a_row(q)[:, key_head], tokens_in_a_row(k)[:, key_head], tokens_in_a_row(v),
-                     tokens_in_a_row(g), tokens_in_a_row(beta), np.asarray(S0, dtype),
+    return Arguments(*map(tokens_in_a_row, (q, k, v, g, beta)), np.asarray(S0, dtype),
                      d_k ** -0.5 if scale is None else scale, boundaries, key_head, (B, L))
 
 

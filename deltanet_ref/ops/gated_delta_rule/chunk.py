@@ -40,7 +40,8 @@ def chunk_forward(q, k, v, *, g, beta, S0=None, scale=None, head_order="grouped"
     if not isinstance(chunk_size, (int, np.integer)) or chunk_size < 1:
         raise InputError(f"chunk_size must be a whole number from 1 on; it is {chunk_size!r}")
     chunks = cut(args.cu_seqlens, int(chunk_size))
-    Q, K, V, G, Beta = (gather(x, chunks) for x in (args.q, args.k, args.v, args.g, args.beta))
+    Q, K = (gather(x[:, args.key_head], chunks) for x in (args.q, args.k))
+    V, G, Beta = (gather(x, chunks) for x in (args.v, args.g, args.beta))
     wy = wy_forward(K, V, G, Beta)                                         # 1  U, W
     K_tail, decay_whole = _decays(K, wy.gc)
     S = np.empty((len(V), *args.S0.shape[1:]), V.dtype)
@@ -62,7 +63,8 @@ def chunk_backward(do, dS_end, cache):
     """Gradients of chunk_forward [chunk.6..12]; arguments and returns as recurrent_backward."""
     args, chunks, wy, V_new, S = cache
     do, dS_end = incoming_gradients(do, dS_end, args)
-    Q, K, V, Beta, dO = (gather(x, chunks) for x in (args.q, args.k, args.v, args.beta, args.scale * do))
+    Q, K = (gather(x[:, args.key_head], chunks) for x in (args.q, args.k))
+    V, Beta, dO = (gather(x, chunks) for x in (args.v, args.beta, args.scale * do))
     K_tail, decay_whole = _decays(K, wy.gc)
     decay = decay_from_start(wy.gc, Q.dtype)
     QK = Q @ _t(K)

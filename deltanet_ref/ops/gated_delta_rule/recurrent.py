@@ -64,6 +64,7 @@ def recurrent_forward(q, k, v, *, g, beta, S0=None, scale=None, head_order="grou
     raises      InputError for shapes that do not fit
     """
     args = arguments(q, k, v, g=g, beta=beta, S0=S0, scale=scale, head_order=head_order, cu_seqlens=cu_seqlens)
+    q, k = args.q[:, args.key_head], args.k[:, args.key_head]              # each value head has its key head's rows
     o = np.empty_like(args.v)
     states = np.empty((len(args.v), *args.S0.shape[1:]), args.v.dtype)
     S_end = np.empty_like(args.S0)
@@ -71,7 +72,7 @@ def recurrent_forward(q, k, v, *, g, beta, S0=None, scale=None, head_order="grou
         S = args.S0[n]
         for t in range(start, stop):
             states[t] = S
-            o[t], S = token_forward(args.q[t], args.k[t], args.v[t], args.g[t], args.beta[t], S, args.scale)
+            o[t], S = token_forward(q[t], k[t], args.v[t], args.g[t], args.beta[t], S, args.scale)
         S_end[n] = S
     return o.reshape(*args.batch, *o.shape[1:]), S_end, RecurrentCache(args, states)
 
@@ -84,13 +85,14 @@ def recurrent_backward(do, dS_end, cache):
     """
     args = cache.args
     do, dS_end = incoming_gradients(do, dS_end, args)
-    dq, dk, dv, dg, dbeta = (np.empty_like(x) for x in (args.q, args.k, args.v, args.g, args.beta))
+    q, k = args.q[:, args.key_head], args.k[:, args.key_head]
+    dq, dk, dv, dg, dbeta = (np.empty_like(x) for x in (q, k, args.v, args.g, args.beta))
     dS0 = np.empty_like(args.S0)
     for n, (start, stop) in enumerate(zip(args.cu_seqlens, args.cu_seqlens[1:])):
         dS = dS_end[n]
         for t in reversed(range(start, stop)):
             dq[t], dk[t], dv[t], dg[t], dbeta[t], dS = token_backward(
-                do[t], dS, args.q[t], args.k[t], args.v[t], args.g[t], args.beta[t], cache.S[t], args.scale)
+                do[t], dS, q[t], k[t], args.v[t], args.g[t], args.beta[t], cache.S[t], args.scale)
         dS0[n] = dS
     return *gradient_shapes(dq, dk, dv, dg, dbeta, args), dS0
 
@@ -103,7 +105,8 @@ def recurrent_step(q, k, v, *, g, beta, S, scale=None, head_order="grouped"):
     """
     args = arguments(q[:, None], k[:, None], v[:, None], g=g[:, None], beta=beta[:, None], S0=S,
                      scale=scale, head_order=head_order, cu_seqlens=None)
-    return token_forward(args.q, args.k, args.v, args.g, args.beta, args.S0, args.scale)
+    q, k = args.q[:, args.key_head], args.k[:, args.key_head]
+    return token_forward(q, k, args.v, args.g, args.beta, args.S0, args.scale)
 
 
 def _read(x, S):

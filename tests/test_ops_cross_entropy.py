@@ -1,0 +1,89 @@
+"""Cross-entropy against scipy's logsumexp, with ignored labels and labels that are no labels."""
+import numpy as np
+import pytest
+from scipy.special import logsumexp, softmax
+
+from deltanet_ref import ops
+from deltanet_ref.errors import InputError
+from deltanet_ref.ops import cross_entropy
+
+RNG = np.random.default_rng(6)
+LOGITS = 3 * RNG.standard_normal((6, 11))
+LABELS = np.array([10, -100, 0, 4, 4, -100])
+KEPT = LABELS >= 0
+
+
+def test_loss_is_the_mean_surprise_of_the_kept_rows():
+    loss, _ = ops.cross_entropy_forward(LOGITS, LABELS)
+    rows = LOGITS[KEPT]
+    np.testing.assert_allclose(loss, np.mean(logsumexp(rows, 1) - rows[np.arange(4), LABELS[KEPT]]), rtol=1e-14)
+
+
+def test_gradient_is_probability_minus_one_hot_and_exactly_zero_where_ignored():
+    _, cache = ops.cross_entropy_forward(LOGITS, LABELS)
+    dlogits = ops.cross_entropy_backward(1.5, cache)
+    expected = softmax(LOGITS[KEPT], 1) - np.eye(11)[LABELS[KEPT]]
+    np.testing.assert_allclose(dlogits[KEPT], 1.5 / 4 * expected, rtol=1e-12, atol=1e-15)
+    assert not dlogits[~KEPT].any()
+
+
+def test_count_replaces_the_number_of_kept_rows_so_that_parts_add_up():
+    loss, cache = ops.cross_entropy_forward(LOGITS, LABELS)
+    whole = ops.cross_entropy_backward(1.0, cache)
+    parts = [ops.cross_entropy_forward(LOGITS[s], LABELS[s], count=4) for s in (slice(0, 3), slice(3, 6))]
+    np.testing.assert_allclose(parts[0][0] + parts[1][0], loss, rtol=1e-14)
+    gradients = [ops.cross_entropy_backward(1.0, cache) for _, cache in parts]
+    np.testing.assert_allclose(np.concatenate(gradients), whole, rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_with_every_label_ignored_loss_and_gradient_are_zero(dtype):
+    loss, cache = ops.cross_entropy_forward(LOGITS.astype(dtype), np.full(6, -100))
+    dlogits = ops.cross_entropy_backward(1.0, cache)
+    assert loss == 0 and loss.dtype == dtype
+    assert dlogits.shape == LOGITS.shape and dlogits.dtype == dtype and not dlogits.any()
+
+
+def test_another_ignore_index_is_obeyed():
+    labels = np.where(KEPT, LABELS, 7)
+    loss, _ = ops.cross_entropy_forward(LOGITS, labels, ignore_index=7)
+    np.testing.assert_allclose(loss, ops.cross_entropy_forward(LOGITS, LABELS)[0], rtol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_huge_logits_neither_overflow_nor_lose_the_small_differences(dtype):
+    offset = 2.0 ** 15                                      # LOGITS + offset must be exact in float32: steps of 1/64
+    logits = (np.round(LOGITS * 64) / 64).astype(dtype)
+    near, cache_near = ops.cross_entropy_forward(logits, LABELS)
+    far, cache_far = ops.cross_entropy_forward(logits + dtype(offset), LABELS)
+    assert near == far
+    assert np.array_equal(ops.cross_entropy_backward(1.0, cache_near), ops.cross_entropy_backward(1.0, cache_far))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_huge_spread_of_logits_gives_the_difference_as_loss(dtype):
+    logits = np.array([[-1e4, 2e4, 0]], dtype)
+    loss, cache = ops.cross_entropy_forward(logits, np.array([0]))
+    assert loss == dtype(3e4)
+    assert np.array_equal(ops.cross_entropy_backward(1.0, cache), [[-1, 1, 0]])
+
+
+def test_rows_taken_in_several_blocks_give_the_same_loss(monkeypatch):
+    expected, _ = ops.cross_entropy_forward(LOGITS, LABELS)
+    monkeypatch.setattr(cross_entropy, "ROWS", 4)
+    assert ops.cross_entropy_forward(LOGITS, LABELS)[0] == expected
+
+
+@pytest.mark.parametrize("labels, named", [([0, 11, 12], "label 11 at row 1"), ([0, -100, -1], "label -1 at row 2")])
+def test_the_first_label_outside_the_vocabulary_is_named(labels, named):
+    with pytest.raises(InputError, match=f"{named} .*0 .. 10, or -100"):
+        ops.cross_entropy_forward(LOGITS[:3], np.array(labels))
+
+
+@pytest.mark.parametrize("labels, options, remedy", [
+    (LABELS[:5], {}, r"must be \(6,\)"),
+    (LABELS, {"count": 0}, "at least 1"),
+])
+def test_arguments_that_do_not_fit_are_refused_with_the_remedy(labels, options, remedy):
+    with pytest.raises(InputError, match=remedy):
+        ops.cross_entropy_forward(LOGITS, labels, **options)

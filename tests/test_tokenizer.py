@@ -1,0 +1,237 @@
+"""formats/tokenizer.py against ids from llama.cpp, HF and tiktoken, and live against the tokenizers library."""
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import unicodedata
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from deltanet_ref.errors import InputError
+from deltanet_ref.formats.gguf import read_gguf, write_gguf
+from deltanet_ref.formats.tokenizer import PRE_TOKENIZERS, Tokenizer, load_tokenizer, tokenizer_metadata
+from tests.paths import FIXTURES
+
+HF = FIXTURES / "eq/hf"
+STRINGS = json.loads((FIXTURES / "tokens.json").read_text())
+REAL_STRINGS = json.loads((FIXTURES / "realvocab.json").read_text())
+TINY = load_tokenizer(FIXTURES / "eq/eq-f32.gguf")
+PIECES = ["<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<tool_call>", "<|im_end", "\u0338", "e\u0301", "\u0e19\u0e49",
+          "'Ll", "\r\n", "   ", "12", "\u2163", "\U0001f469\u200d\U0001f467", "\ud55c\uad6d", "\ufeff", "\0"]
+TEXT = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(PIECES)), max_size=12).map("".join)
+
+
+@pytest.fixture(scope="module")
+def real_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocabulary") / "real.gguf"
+    path.write_bytes(gzip.decompress((FIXTURES / "realvocab.gguf.gz").read_bytes()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def real(real_file):
+    return load_tokenizer(real_file)
+
+
+@pytest.mark.parametrize("path", ["eq/eq-f32.gguf", "eq/hf", "grouped/grouped-q8_0.gguf", "grouped/hf"])
+def test_ids_are_those_of_llama_cpp_and_hf(path):
+    tokenizer = load_tokenizer(FIXTURES / path)
+    assert len(STRINGS) == 19
+    for row in STRINGS:
+        assert tokenizer.encode(row["text"]) == row["hf_parse"]
+        assert tokenizer.encode(row["text"], normalize=None) == row["llama_parse"]
+        assert tokenizer.encode(row["text"], parse_special=False) == row["hf_noparse"]
+        assert tokenizer.encode(row["text"], parse_special=False, normalize=None) == row["llama_noparse"]
+        assert tokenizer.decode(row["llama_parse"]) == row["llama_detok"]
+
+
+def test_ids_on_the_real_vocabulary_are_those_of_tiktoken_and_llama_cpp(real):
+    assert len(REAL_STRINGS) == 27 and real.vocab_size == 248320
+    for row in REAL_STRINGS:
+        assert real.encode(row["text"]) == row["ids"]
+        assert real.encode(row["text"], normalize=None) == row["llama"]
+        assert real.decode(row["ids"]) == row["nfc"]
+
+
+def hf_ids(oracle, text, parse_special, normalize):
+    oracle.normalizer = tokenizers.normalizers.NFC() if normalize else None
+    oracle.encode_special_tokens = not parse_special
+    return oracle.encode(text, add_special_tokens=False).ids
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT, st.booleans(), st.sampled_from(["NFC", None]))
+@example("<think>\u0338", True, "NFC")          # NFC stops at a token: ">" and the solidus do not join
+@example("a" * 100 + " " * 100, True, "NFC")
+def test_ids_are_those_of_the_tokenizers_library(text, parse_special, normalize):
+    oracle = tokenizers.Tokenizer.from_file(str(HF / "tokenizer.json"))
+    assert TINY.encode(text, parse_special, normalize) == hf_ids(oracle, text, parse_special, normalize)
+
+
+def test_ids_on_the_real_vocabulary_are_those_of_the_tokenizers_library(real, real_file):
+    """Mixed scripts and code, in runs long enough for deep merging."""
+    metadata = read_gguf(real_file).metadata
+    tokens, merges = (list(metadata[f"tokenizer.ggml.{key}"]) for key in ("tokens", "merges"))
+    oracle = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)},
+                                                        [tuple(m.split(" ")) for m in merges]))
+    oracle.pre_tokenizer = tokenizers.Tokenizer.from_file(str(HF / "tokenizer.json")).pre_tokenizer
+    oracle.add_special_tokens([tokens[i] for i in np.flatnonzero(metadata["tokenizer.ggml.token_type"] == 3)])
+    oracle.add_tokens([tokens[i] for i in np.flatnonzero(metadata["tokenizer.ggml.token_type"] == 4)])
+    words = [word for row in REAL_STRINGS for word in row["text"].split(" ")] + PIECES
+    rng = random.Random(4)
+    for _ in range(200):
+        text = rng.choice(["", " "]).join(rng.choices(words, k=rng.randint(1, 60)))
+        for parse_special, normalize in ((True, "NFC"), (False, None)):
+            assert real.encode(text, parse_special, normalize) == hf_ids(oracle, text, parse_special, normalize)
+
+
+def test_pre_tokenizer_regex_is_the_one_of_the_published_tokenizer():
+    split = json.loads((HF / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"][0]
+    assert PRE_TOKENIZERS["qwen35"] == split["pattern"]["Regex"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXT)
+def test_decoding_gives_back_the_text(text):
+    assert TINY.decode(TINY.encode(text, normalize=None)) == text
+    assert TINY.decode(TINY.encode(text)) == unicodedata.normalize("NFC", text) or "\u0338" in text
+
+
+def test_token_bytes_join_to_the_text_and_cut_characters_show_as_replacement(real):
+    ids = real.encode("emoji \U0001f469\u200d\U0001f467")
+    assert b"".join(map(real.token_bytes, ids)).decode() == "emoji \U0001f469\u200d\U0001f467"
+    assert real.decode(ids[:2]) == "emoji \ufffd"
+    assert real.decode(np.array(ids)) == real.decode(ids)
+
+
+def test_unused_rows_stand_for_nothing_and_foreign_ids_are_refused():
+    assert TINY.decode([*TINY.encode("a"), 470, *TINY.encode("b")]) == "ab"
+    for i in (-1, 480):
+        with pytest.raises(InputError, match=f"the token {i} is not in the vocabulary of 480"):
+            TINY.decode([i])
+
+
+@pytest.mark.parametrize("path", ["eq/eq-f32.gguf", "eq/hf"])
+def test_special_ids(path):
+    tokenizer = load_tokenizer(FIXTURES / path)
+    assert tokenizer.eos_ids == {448} and tokenizer.token_id("<think>") == 453 and tokenizer.token_id("no such") is None
+
+
+def test_end_of_turn_ends_a_generation_beside_the_end_of_sequence(tmp_path):
+    metadata = read_gguf(FIXTURES / "eq/eq-f32.gguf").metadata
+    metadata |= {"tokenizer.ggml.eos_token_id": 449, "tokenizer.ggml.eot_token_id": 450}
+    write_gguf(tmp_path / "a.gguf", metadata, {})
+    assert load_tokenizer(tmp_path / "a.gguf").eos_ids == {449, 450, 448}
+
+
+def test_loading_is_lazy_and_the_real_vocabulary_takes_half_a_second_and_150_mib(real_file):
+    """In a fresh process: 0.30 s of CPU time and 100 MiB where this was measured."""
+    program = """if True:
+        import resource, sys, time
+        from pathlib import Path
+        from deltanet_ref.formats.tokenizer import load_tokenizer
+        def peak_mib():
+            status = Path("/proc/self/status")
+            if status.exists():
+                return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        before, start = peak_mib(), time.process_time()
+        tokenizer = load_tokenizer(sys.argv[1])
+        opened = time.process_time()
+        assert tokenizer.encode("Hello world") == [9419, 1814]
+        print(opened - start, time.process_time() - start, peak_mib() - before)"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    runs = [[float(x) for x in subprocess.run([sys.executable, "-c", program, real_file], env=environment, check=True,
+                                              capture_output=True, text=True).stdout.split()] for _ in range(2)]
+    opened, encoded, mib = (min(column) for column in zip(*runs))
+    assert opened < 0.2 and encoded < 0.5 and mib < 150
+
+
+def test_long_runs_take_time_in_proportion(real):
+    """20,000 spaces and 20,000 letters are one pre-token each; 0.04 s each where this was measured."""
+    start = time.process_time()
+    assert len(real.encode(" " * 20000 + "x")) < 400 and len(real.encode("a" * 20000)) < 4000
+    assert time.process_time() - start < 2
+
+
+def test_metadata_made_from_tokenizer_json_is_the_official_converters():
+    official = read_gguf(FIXTURES / "eq/eq-f32.gguf").metadata
+    made = tokenizer_metadata(json.loads((HF / "tokenizer.json").read_text()), (HF / "chat_template.jinja").read_text(), 480)
+    assert {key for key in official if key.startswith("tokenizer.")} == set(made)
+    for key, value in made.items():
+        assert (value == official[key]) if isinstance(value, (str, int)) else (list(value) == list(official[key])), key
+    assert made["tokenizer.ggml.token_type"].dtype == np.int32
+
+
+def test_metadata_made_from_tokenizer_json_loads_back(tmp_path):
+    hf = json.loads((HF / "tokenizer.json").read_text())
+    write_gguf(tmp_path / "a.gguf", tokenizer_metadata(hf, "{{ messages }}"), {})
+    tokenizer = load_tokenizer(tmp_path / "a.gguf")
+    assert tokenizer.vocab_size == 455 and tokenizer.chat_template == "{{ messages }}"
+    assert [tokenizer.encode(row["text"]) for row in STRINGS] == [row["hf_parse"] for row in STRINGS]
+    with pytest.raises(InputError, match="do not fit a vocabulary of 400"):
+        tokenizer_metadata(hf, vocab_size=400)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, reason", [
+    ({"pre": "llama-bpe"}, "'llama-bpe' is unknown: known are qwen35"), ({"pre": None}, "known are qwen35"),
+    ({"pre": np.arange(3)}, "known are qwen35"), ({"model": "llama"}, "no byte-level BPE"), ({"model": None}, "no byte-level"),
+    ({"tokens": None}, "no byte-level BPE"), ({"merges": np.arange(3)}, "no byte-level BPE"), ({"tokens": 7}, "no byte-level BPE"),
+    ({"token_type": None}, "token_type"), ({"token_type": np.ones(479, np.int32)}, "token_type"), ({"token_type": 1}, "token_type")])
+def test_vocabulary_that_is_not_known_is_refused(changes, reason, tmp_path):
+    metadata = read_gguf(FIXTURES / "eq/eq-f32.gguf").metadata
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    write_gguf(tmp_path / "a.gguf", {key: value for key, value in metadata.items() if value is not None}, {})
+    with pytest.raises(InputError, match=reason) as e:
+        load_tokenizer(tmp_path / "a.gguf")
+    assert str(e.value).startswith(f"{tmp_path / 'a.gguf'}: ") and "\n" not in str(e.value)
+
+
+def test_special_ids_out_of_range_are_ignored(tmp_path):
+    metadata = read_gguf(FIXTURES / "eq/eq-f32.gguf").metadata
+    metadata |= {"tokenizer.ggml.eos_token_id": 10 ** 6, "tokenizer.ggml.eot_token_id": "x", "tokenizer.chat_template": 5}
+    write_gguf(tmp_path / "a.gguf", metadata, {})
+    tokenizer = load_tokenizer(tmp_path / "a.gguf")
+    assert tokenizer.eos_ids == {448} and tokenizer.chat_template is None
+
+
+def test_merges_beyond_the_vocabulary_are_refused():
+    characters = [chr(c) for c in range(33, 127)]
+    tokenizer = Tokenizer(characters, np.ones(94), ["a b"], pre="qwen35")
+    assert tokenizer.encode("ba") == [65, 64]
+    with pytest.raises(InputError, match="lacks 'ab'"):
+        tokenizer.encode("ab")
+
+
+@pytest.mark.parametrize("text, reason", [
+    (None, "cannot be read"), ("{", "cannot be read"), ("{}", "pre-tokenizer is unknown"), ("[]", "no BPE"),
+    (lambda hf: hf["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+"), "pre-tokenizer is unknown"),
+    (lambda hf: hf["model"].update(type="Unigram"), "Unigram"), (lambda hf: hf["model"].pop("merges"), "'merges'"),
+    (lambda hf: hf["model"]["vocab"].update(far=10 ** 12), "do not fit"), (lambda hf: hf["added_tokens"].append({}), "'id'|'content'"),
+    (lambda hf: hf["added_tokens"][0].update(id=-3), "do not fit")])
+def test_tokenizer_json_that_is_not_known_is_refused(text, reason, tmp_path):
+    if callable(text):
+        hf = json.loads((HF / "tokenizer.json").read_text())
+        text(hf)
+        text = json.dumps(hf)
+    if text is not None:
+        (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(InputError, match=reason) as e:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path / "tokenizer.json") in str(e.value)
+
+
+def test_text_and_options_that_cannot_be_encoded_are_refused():
+    with pytest.raises(InputError, match="lone surrogate at character 3"):
+        TINY.encode("abc\ud800")
+    with pytest.raises(InputError, match="'NFKC' is unknown"):
+        TINY.encode("a", normalize="NFKC")
