@@ -282,3 +282,18 @@ def test_boundaries_must_rise_from_zero_to_the_end(cu_seqlens):
     q, k, v, gates, _, _ = delta_rule_arguments(13, **dict(SIZES, B=1))
     with pytest.raises(InputError, match="rising from 0 to L = 11"):
         gdr.chunk_forward(q, k, v, **gates, cu_seqlens=cu_seqlens)
+
+
+def test_the_solved_system_needs_neither_u_nor_w():
+    """X = dR of the triangular system gives what went through U, W and A [chunk.13..17]; it is beta-free dv."""
+    q, k, v, gates, do, dS_end = delta_rule_arguments(14, B=1, L=13, H_k=1, H_v=2, d_k=4, d_v=3)
+    gates["beta"] = 0.2 + gates["beta"]
+    _, _, cache = gdr.chunk_forward(q, k, v, **gates, chunk_size=13)
+    dv = gdr.chunk_backward(do, dS_end, cache)[2]
+    T, W, U, S = cache.wy.T[0], cache.wy.W[0], cache.wy.U[0], cache.S[0]
+    beta, gc = (x.swapaxes(0, 1)[..., None] for x in (gates["beta"][0], np.cumsum(gates["g"][0], 0)))
+    R = beta * (v[0].swapaxes(0, 1) - np.exp(gc) * (k[0, :, 0] @ S))
+    np.testing.assert_allclose(np.linalg.solve(np.eye(13) + cache.wy.A[0], R), U - W @ S, rtol=1e-10, atol=1e-13)
+    X = dv[0].swapaxes(0, 1) / beta
+    dW = -np.linalg.solve(T.swapaxes(-1, -2), X) @ S.swapaxes(-1, -2)
+    np.testing.assert_allclose(T.swapaxes(-1, -2) @ dW, -X @ S.swapaxes(-1, -2), rtol=1e-9, atol=1e-12)

@@ -59,6 +59,7 @@ class Qwen35:
 
     def attach(self, adapter, scale=1.0, name=None, trainable=False):
         """Let an adapter act on the model, beside those that already do. Returns its name."""
+        self._check_fits(adapter)
         name = name or f"adapter{len(self.adapters)}"
         if name in self.adapters:
             raise InputError(f"an adapter named {name!r} is attached already; detach it or choose another name")
@@ -72,6 +73,16 @@ class Qwen35:
         if name not in self.adapters:
             raise InputError(f"no adapter named {name!r} is attached; attached: {sorted(self.adapters) or 'none'}")
         return self.adapters.pop(name).adapter
+
+    def _check_fits(self, adapter):
+        wrong = []
+        for target in {name.rsplit(".lora_", 1)[0] for name in adapter.tensors}:
+            a, b = (np.shape(adapter.tensors.get(f"{target}.lora_{factor}", ())) for factor in "ab")
+            if target not in self.weights or len(a) != 2 or b[1:] != a[:1] or (b[0], a[1]) != self.weights.shape(target):
+                wrong.append(target)
+        if wrong:
+            raise InputError(f"the adapter does not fit this model at {len(wrong)} tensors, such as {min(wrong)}: "
+                             "it was made for another base")
 
     def _trained(self):
         attached = list(self.adapters.values())
