@@ -285,15 +285,18 @@ def test_boundaries_must_rise_from_zero_to_the_end(cu_seqlens):
 
 
 def test_the_solved_system_needs_neither_u_nor_w():
-    """X = dR of the triangular system gives what went through U, W and A [chunk.13..17]; it is beta-free dv."""
+    """One chunk by [chunk.13..17]: V_new, dv and dS0 without T, U and W, against the forms that use them."""
     q, k, v, gates, do, dS_end = delta_rule_arguments(14, B=1, L=13, H_k=1, H_v=2, d_k=4, d_v=3)
-    gates["beta"] = 0.2 + gates["beta"]
-    _, _, cache = gdr.chunk_forward(q, k, v, **gates, chunk_size=13)
-    dv = gdr.chunk_backward(do, dS_end, cache)[2]
-    T, W, U, S = cache.wy.T[0], cache.wy.W[0], cache.wy.U[0], cache.S[0]
+    _, _, cache = gdr.chunk_forward(q, k, v, **gates, scale=0.7, chunk_size=13)
+    _, _, dv, _, _, dS0 = gdr.chunk_backward(do, dS_end, cache)
+    Q, K, (V, dO), S = q[0, :, 0], k[0, :, 0], (x[0].swapaxes(0, 1) for x in (v, 0.7 * do)), gates["S0"][0]
     beta, gc = (x.swapaxes(0, 1)[..., None] for x in (gates["beta"][0], np.cumsum(gates["g"][0], 0)))
-    R = beta * (v[0].swapaxes(0, 1) - np.exp(gc) * (k[0, :, 0] @ S))
-    np.testing.assert_allclose(np.linalg.solve(np.eye(13) + cache.wy.A[0], R), U - W @ S, rtol=1e-10, atol=1e-13)
-    X = dv[0].swapaxes(0, 1) / beta
-    dW = -np.linalg.solve(T.swapaxes(-1, -2), X) @ S.swapaxes(-1, -2)
-    np.testing.assert_allclose(T.swapaxes(-1, -2) @ dW, -X @ S.swapaxes(-1, -2), rtol=1e-9, atol=1e-12)
+    Gamma = np.tril(np.exp(gc - gc.swapaxes(1, 2)))
+    I_A = np.eye(13) + np.tril(beta * (K @ K.T) * Gamma, -1)
+    V_new = np.linalg.solve(I_A, beta * (V - np.exp(gc) * (K @ S)))
+    dV_new = (Q @ K.T * Gamma).swapaxes(1, 2) @ dO + np.exp(gc[:, -1:] - gc) * (K @ dS_end[0])
+    X = np.linalg.solve(I_A.swapaxes(1, 2), dV_new)
+    np.testing.assert_allclose(cache.V_new[0], V_new, atol=1e-14)
+    np.testing.assert_allclose(dv[0].swapaxes(0, 1), beta * X, atol=1e-14)
+    np.testing.assert_allclose(dS0[0], np.exp(gc[:, -1:]) * dS_end[0] + (np.exp(gc) * Q).swapaxes(1, 2) @ dO
+                               - (beta * np.exp(gc) * K).swapaxes(1, 2) @ X, atol=1e-14)
