@@ -55,7 +55,7 @@ def test_template_may_lie_in_tokenizer_config(tmp_path):
 
 
 @pytest.mark.parametrize("template, text", [
-    ("{% if true %}\n  {% set x = 1 %}\n  a{{ x }}\n{% endif %}\nb", "  a1\nb"),       # blocks leave no lines, no indent
+    ("{% if true %}\n  {% set x = 1 %}\n  a{{ x }}\n{% endif %}\nb", "  a1\nb"),           # blocks leave no lines
     ("{{ {'a': 'é<&>', 'b': [1, none]} | tojson }}", '{"a": "é<&>", "b": [1, null]}'),     # no HTML, no \u escapes
     ("{{ {'b': 1, 'a': 2} | tojson(indent=1) }}", '{\n "b": 1,\n "a": 2\n}'),
     ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}", "hi"),
@@ -81,7 +81,8 @@ def test_tools_reach_the_template(tiny):
     ([], "No messages provided."), ([{"role": "assistant", "content": "x"}], "No user query found in messages."),
     ([*TURNS, {"role": "king", "content": "x"}], "Unexpected message role."),
     ([*TURNS, {"role": "system", "content": "x"}], "System message must be at the beginning."),
-    ([{"role": "user", "content": 7}], "Unexpected content type."), (["hi"], "chat template refuses"), (7, "chat template refuses"),
+    ([{"role": "user", "content": 7}], "Unexpected content type."), (["hi"], "chat template refuses"),
+    (7, "chat template refuses"),
     ([*TURNS[:1], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}],
      "chat template refuses")])
 def test_conversation_that_the_template_refuses_is_one_line(messages, reason, published):
@@ -91,8 +92,9 @@ def test_conversation_that_the_template_refuses_is_one_line(messages, reason, pu
 
 
 @pytest.mark.parametrize("template", [
-    "{% if %}\n", "{{ 1 / 0 }}", "{{ undefined.x }}", "{% include 'x' %}", "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ messages.append(1) }}", "{% for i in range(10 ** 9) %}{% endfor %}"])
+    "{% if %}\n", "{{ 1 / 0 }}", "{{ undefined.x }}", "{% include 'x' %}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}",
+    "{% for i in range(10 ** 9) %}{% endfor %}"])
 def test_template_that_fails_or_reaches_out_is_refused(template, tiny):
     tiny.chat_template = template
     with pytest.raises(InputError, match="chat template") as e:

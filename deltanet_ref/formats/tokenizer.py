@@ -239,9 +239,12 @@ def tokenizer_metadata(tokenizer_json, chat_template=None, vocab_size=None):
 
 def _read_json(path):
     try:
-        return json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot be read as JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: cannot be read: a JSON object is needed, this is a {type(value).__name__}")
+    return value
 
 
 def _pre_tokenizer(tokenizer_json):

@@ -1,0 +1,60 @@
+"""AdamW and the clipping of gradients by their global norm, on dictionaries of NumPy arrays."""
+import numpy as np
+
+from deltanet_ref.errors import InputError
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2; constants as torch.optim.AdamW).
+
+    At step t, for each array p with gradient g:
+
+        p <- p - lr weight_decay p
+        m <- beta1 m + (1 - beta1) g                        m^ = m / (1 - beta1^t)
+        v <- beta2 v + (1 - beta2) g^2                      v^ = v / (1 - beta2^t)
+        p <- p - lr m^ / (sqrt(v^) + eps)
+
+    m and v have the dtype and shape of their array and start at zero.
+
+    decays   name, array -> bool: which arrays are decayed (all by default)
+    """
+
+    def __init__(self, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decays=lambda name, array: True):
+        self.betas, self.eps, self.weight_decay, self.decays = betas, eps, weight_decay, decays
+        self.t = 0
+        self.m, self.v = {}, {}
+
+    def step(self, parameters, gradients, lr):
+        """Update every array of parameters in place. Raises InputError if the two dictionaries differ in names."""
+        if parameters.keys() != gradients.keys():
+            odd = sorted(parameters.keys() ^ gradients.keys())
+            raise InputError(f"parameters and gradients must have the same names; only one has {', '.join(odd)}")
+        self.t += 1
+        beta1, beta2 = self.betas
+        for name, p in parameters.items():
+            g = gradients[name]
+            if name not in self.m:
+                self.m[name], self.v[name] = np.zeros_like(p), np.zeros_like(p)
+            m, v = self.m[name], self.v[name]
+            if self.weight_decay and self.decays(name, p):
+                p *= 1 - lr * self.weight_decay
+            m += (1 - beta1) * (g - m)
+            v *= beta2
+            v += (1 - beta2) * g * g
+            p -= lr / (1 - beta1**self.t) * m / (np.sqrt(v / (1 - beta2**self.t)) + self.eps)
+
+
+def clip_by_global_norm(gradients, limit):
+    """Scale all gradients in place by min(1, limit / (|g| + 1e-6)) and return |g|, their joint 2-norm before scaling.
+
+    limit None only measures. The 1e-6 is torch.nn.utils.clip_grad_norm_'s.
+    """
+    norm = float(np.sqrt(sum(np.vdot(g, g).real for g in map(_double, gradients.values()))))
+    if limit is not None and norm + 1e-6 > limit:
+        for g in gradients.values():
+            g *= limit / (norm + 1e-6)
+    return norm
+
+
+def _double(g):
+    return np.asarray(g, np.float64)

@@ -1,0 +1,159 @@
+"""Training a LoRA adapter on a frozen model."""
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+from deltanet_ref.errors import InputError
+from deltanet_ref.train.adamw import AdamW
+from deltanet_ref.train.batches import Example, shuffled
+from deltanet_ref.train.data import encode_dataset, read_dataset, sequence_limit
+from deltanet_ref.train.evaluate import mean_loss
+from deltanet_ref.train.loop import fit, peak_memory
+from deltanet_ref.train.report import Silent, TrainReport, format_trainable
+from deltanet_ref.train.schedule import SHAPES, schedule
+
+
+DEFAULT_SEQ_LEN = 2048
+
+
+def option(default, kind, help):
+    return field(default=default, metadata={"type": kind, "help": help})
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of train; the command line takes names, types, defaults and help from here."""
+    steps: int | None = option(None, int, "optimizer steps")
+    epochs: float | None = option(None, float, "passes over the data, instead of --steps (1 if neither is given)")
+    batch_size: int = option(4, int, "examples to a batch, packed end to end")
+    grad_accumulation: int = option(1, int, "batches to an optimizer step")
+    seq_len: int | None = option(None, int, f"most tokens of one example ({DEFAULT_SEQ_LEN}, or the model's context)")
+    truncate: bool = option(False, bool, "cut longer examples instead of refusing them")
+    mask_prompt: bool = option(True, bool, "train on completions and answers only, not on what they answer")
+    lr: float = option(2e-4, float, "peak learning rate")
+    warmup: int = option(0, int, "steps in which it rises to the peak")
+    schedule: str = option("cosine", str, f"how it falls after that: {', '.join(SHAPES)}")
+    weight_decay: float = option(0.0, float, "of AdamW")
+    clip: float = option(1.0, float, "limit of the gradient's norm, 0 for none")
+    seed: int = option(0, int, "of the adapter's start, the order of examples and the validation split")
+    val_fraction: float = option(0.0, float, "part of the rows held out for validation where no valid.jsonl is")
+    eval_every: int = option(100, int, "steps between validations, 0 for only the first and last")
+    log_every: int = option(10, int, "steps between log lines")
+    save_every: int = option(0, int, "steps between saves of the unfinished adapter, 0 for none")
+
+    def __post_init__(self):
+        for names, holds, rule in OPTION_RULES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise InputError(f"{flag(name)} is {value}, it must be {rule}")
+        if self.steps is not None and self.epochs is not None:
+            raise InputError("--steps and --epochs both set the length of the run: give one")
+
+
+OPTION_RULES = (
+    ("steps batch_size grad_accumulation log_every", lambda x: x >= 1, "at least 1"),
+    ("epochs lr", lambda x: 0 < x < math.inf, "above 0"),
+    ("warmup weight_decay clip seed eval_every save_every", lambda x: 0 <= x < math.inf, "0 or more"),
+    ("val_fraction", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    ("schedule", lambda x: x in SHAPES, f"one of {', '.join(SHAPES)}"),
+)
+
+
+def flag(name):
+    """The command line's spelling of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def train(model, adapter, data, *, console=None, save=None, **options):
+    """Train the adapter on data by AdamW, the base frozen; its arrays are updated in place and it stays attached.
+
+    data     path (a .jsonl file, or a directory with train.jsonl and maybe valid.jsonl), row dicts, or Examples
+    console  a report.Console that shows log lines and progress; None is silent
+    save     () -> None, called every save_every steps
+    options  fields of TrainOptions
+    returns  TrainReport
+    Raises InputError for bad data or options, before any training; loop.Diverged when the loss is no longer finite.
+    """
+    unknown = options.keys() - {f.name for f in fields(TrainOptions)}
+    if unknown:
+        raise InputError(f"unknown options {', '.join(sorted(unknown))}; see TrainOptions")
+    options = TrainOptions(**options)
+    splits = prepare(read_rows(data), model, options)
+    return run(model, adapter, splits, options, console, save)
+
+
+def read_rows(data):
+    """Path or list -> split name -> [(source, row)]."""
+    if isinstance(data, (str, Path)):
+        return read_dataset(data)
+    rows = [(f"row {i}", row) for i, row in enumerate(data, 1)]
+    if not rows:
+        raise InputError("the data holds no rows")
+    return {"train": rows}
+
+
+def prepare(rows, model, options):
+    """Rows of each split -> {"train": Examples, "valid": Examples, maybe none}, checked for length."""
+    if "train" not in rows:
+        raise InputError("there is no train.jsonl in the directory")
+    encode = dict(tokenizer=model.tokenizer, mask_prompt=options.mask_prompt, truncate=options.truncate,
+                  seq_len=sequence_limit(options.seq_len, model.config.max_position_embeddings, DEFAULT_SEQ_LEN))
+    train = encode_dataset(rows["train"], **encode)
+    if "valid" in rows:
+        return {"train": train, "valid": encode_dataset(rows["valid"], **encode)}
+    held_out = math.ceil(options.val_fraction * len(train))
+    if held_out == len(train):
+        raise InputError(f"--val-fraction {options.val_fraction} holds out all {len(train)} rows: lower it")
+    order = np.random.default_rng(options.seed).permutation(len(train))
+    valid, kept = np.sort(order[:held_out]), np.sort(order[held_out:])
+    return {"train": [train[i] for i in kept], "valid": [train[i] for i in valid]}
+
+
+def run(model, adapter, splits, options, console=None, save=None):
+    """Train on prepared Examples: the second half of train."""
+    _attach_trainable(model, adapter)
+    parameters = adapter.tensors
+    trainable = sum(array.size for array in parameters.values())
+    total = sum(math.prod(model.weights.shape(name)) for name in model.weights)
+    steps = options.steps or steps_of(options.epochs or 1.0, len(splits["train"]), options)
+    console = console or Silent()
+    console.line(format_trainable(trainable, total))
+
+    def loss_and_grads(batch):
+        return model.loss_and_grads(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens, wrt="lora")
+
+    def evaluate():
+        return mean_loss(model, splits["valid"], options.batch_size)
+
+    with console.running(steps):
+        history = fit(
+            parameters, loss_and_grads, shuffled(splits["train"], options.batch_size, options.seed), steps=steps,
+            optimizer=AdamW(weight_decay=options.weight_decay),
+            schedule=schedule(options.schedule, options.lr, steps, options.warmup), clip=options.clip or None,
+            accumulation=options.grad_accumulation, evaluate=evaluate if splits["valid"] else None,
+            eval_every=options.eval_every, log_every=options.log_every, on_log=console.log, on_step=console.step,
+            save=save, save_every=options.save_every)
+    return TrainReport(
+        losses=history.losses, val_losses=[(e.iteration, e.loss) for e in history.evaluations],
+        steps=len(history.losses), tokens=history.tokens, trained_tokens=history.trained_tokens,
+        seconds=history.seconds, tokens_per_second=history.tokens / history.seconds, peak_memory=peak_memory(),
+        trainable_parameters=trainable, total_parameters=total, interrupted=history.interrupted)
+
+
+def _attach_trainable(model, adapter):
+    """Attach the adapter as the trained one; if it is attached already it keeps its name and scale."""
+    for name, attached in list(model.adapters.items()):
+        if attached.adapter is adapter:
+            model.detach(name)
+            model.attach(adapter, scale=attached.scale, name=name, trainable=True)
+            return
+    model.attach(adapter, trainable=True)
+
+
+def steps_of(epochs, examples, options):
+    """Optimizer steps in so many passes over the examples; the last may reach into the next pass."""
+    batches = epochs * math.ceil(examples / options.batch_size)
+    return max(1, math.ceil(batches / options.grad_accumulation))
