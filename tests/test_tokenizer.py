@@ -113,6 +113,12 @@ def test_token_bytes_join_to_the_text_and_cut_characters_show_as_replacement(rea
     assert real.decode(np.array(ids)) == real.decode(ids)
 
 
+def test_the_longest_of_the_added_tokens_wins():
+    characters = [chr(c) for c in range(33, 127)]
+    tokenizer = Tokenizer([*characters, "<a>", "<a>b", "a>b"], [*np.ones(94), 4, 4, 4], [], pre="qwen35")
+    assert tokenizer.encode("<a>b<a>ca>b") == [95, 94, 66, 96]
+
+
 def test_unused_rows_stand_for_nothing_and_foreign_ids_are_refused():
     assert TINY.decode([*TINY.encode("a"), 470, *TINY.encode("b")]) == "ab"
     for i in (-1, 480):

@@ -2,13 +2,14 @@
 import os
 import sys
 
+from deltanet_ref.backends import BACKENDS
 from deltanet_ref.errors import InputError
 
 
 def add_model_arguments(parser):
     parser.add_argument("model", metavar="MODEL", help="a .gguf file, or a directory with config.json and safetensors")
     parser.add_argument("--backend", default="auto", metavar="NAME",
-                        help="numpy, or auto for the fastest there is (default)")
+                        help=f"{', '.join(BACKENDS)}, or auto for the fastest there is (default)")
     parser.add_argument("--dtype", default="float32", metavar="NAME",
                         help="float32 (default) or float64, of the computation")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")

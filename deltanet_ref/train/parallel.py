@@ -1,4 +1,4 @@
-"""One batch, several threads: loss and gradient of every parameter, and the validation loss.
+"""Loss and gradient of every parameter over a batch, its sequences shared out among threads; dropout.
 
 Trained are the tensors as the GGUF holds them, with one exception: A_log instead of ssm_a = -exp(A_log), so that the
 decay keeps its sign; dA_log = ssm_a dssm_a.
@@ -9,32 +9,43 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from deltanet_ref.train.batches import Batch, in_order
+from deltanet_ref.model.qwen35 import Qwen35
+from deltanet_ref.model.weights import Weights
+from deltanet_ref.train.batches import in_order
+
+# tensors whose last axis takes the dropout: what a block reads, what its branches give back, what the head reads
+DROPPED = ("attn_norm.weight", "post_attention_norm.weight", "ssm_out.weight", "attn_output.weight", "ffn_down.weight",
+           "output_norm.weight")
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4        # glibc's malloc.h
 
 
 class ParallelModel:
-    """A model and the threads that share its batches, a shard of whole sequences each.
+    """A model, its parameters, and the threads that share its batches.
 
     parameters      name -> array, to be updated in place: the model's own tensors, but A_log in place of ssm_a
-    loss_and_grads  batch -> mean loss, name -> gradient. The shards are added in their order, so the same number of threads
-                    gives the same bits.
+    loss_and_grads  batch whose labels all count -> mean loss, name -> gradient, summed sequence by sequence in their order:
+                    the same bits for any number of threads
+    dropout         p: in training every feature that a tensor of DROPPED reads (or, a norm, writes) is zero with probability
+                    p and divided by 1 - p otherwise, one draw for a whole sequence (Gal and Ghahramani 2016). A feature
+                    multiplies one column, so it is the column that is scaled, and its gradient in the same way; the
+                    operators know nothing of it.
     """
 
-    def __init__(self, model, threads):
-        self.model, self.threads, self.executor = model, threads, ThreadPoolExecutor(threads)
+    def __init__(self, model, threads, dropout=0.0, seed=0):
+        self.model, self.dropout, self.executor = model, dropout, ThreadPoolExecutor(threads)
+        self.rng = np.random.default_rng([seed, 1])
         self.parameters = {_trained_name(name): np.log(-w) if name.endswith("ssm_a") else w
                            for name, w in model.weights.items()}
 
     def loss_and_grads(self, batch):
         self.update_decay()
-        shards = split(batch, self.threads)
-        results = self.executor.map(lambda shard: self.model.loss_and_grads(
-            shard.tokens, shard.labels, cu_seqlens=shard.cu_seqlens, wrt="all"), shards)
+        cu = batch.cu_seqlens
+        sequences = [batch.tokens[:, a:b] for a, b in zip(cu, cu[1:])]
+        results = self.executor.map(self._sequence, sequences, self.rng.spawn(len(sequences)))
         mean, total = 0.0, {}
-        for shard, (loss, gradients) in zip(shards, results):
-            weight = shard.kept / batch.kept
+        for sequence, (loss, gradients) in zip(sequences, results):
+            weight = (sequence.size - 1) / batch.kept
             mean += weight * loss
             for name, gradient in gradients.items():
                 gradient *= weight
@@ -43,6 +54,24 @@ class ParallelModel:
             total[_trained_name(name)] = self.model.weights[name] * total.pop(name)       # dA_log = ssm_a dssm_a
         return mean, total
 
+    def _sequence(self, tokens, rng):
+        scales = self._dropout_scales(rng)
+        config, weights, dtype = self.model.config, self.model.weights, self.model.dtype
+        dropped = {name: weights[name] * scales[name] if name in scales else weights[name] for name in weights}
+        model = Qwen35(config, Weights(config, dropped, dtype), backend=self.model.backend)
+        loss, gradients = model.loss_and_grads(tokens, tokens, wrt="all")
+        for name, scale in scales.items():
+            gradients[name] *= scale
+        return loss, gradients
+
+    def _dropout_scales(self, rng):
+        """Name -> the factors of its columns, 0 or 1 / (1 - p)."""
+        if not self.dropout:
+            return {}
+        keep, weights = 1 - self.dropout, self.model.weights
+        return {name: (rng.random(weights.shape(name)[-1]) < keep).astype(weights.dtype) / weights.dtype.type(keep)
+                for name in weights if name.endswith(DROPPED)}
+
     def update_decay(self):
         """ssm_a = -exp(A_log): the model's copy follows the parameter."""
         for name in self.model.weights:
@@ -50,7 +79,7 @@ class ParallelModel:
                 self.model.weights[name] = -np.exp(self.parameters[_trained_name(name)])
 
     def evaluate(self, examples, batch_size):
-        """Mean loss in nats over all predicted tokens."""
+        """Mean loss in nats over all predicted tokens, without dropout."""
         self.update_decay()
         losses = self.executor.map(
             lambda batch: batch.kept * self.model.loss(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens),
@@ -60,14 +89,6 @@ class ParallelModel:
 
 def _trained_name(name):
     return name.replace("ssm_a", "A_log") if name.endswith("ssm_a") else name
-
-
-def split(batch, parts):
-    """A batch whose labels all count -> at most `parts` Batches of whole sequences, in order."""
-    cu = batch.cu_seqlens
-    edges = np.unique(np.linspace(0, len(cu) - 1, parts + 1).round().astype(int))
-    return [Batch(batch.tokens[:, cu[a]:cu[b]], batch.labels[:, cu[a]:cu[b]], cu[a:b + 1] - cu[a],
-                  kept=int(cu[b] - cu[a] - (b - a))) for a, b in zip(edges, edges[1:])]
 
 
 def keep_freed_memory():

@@ -49,6 +49,7 @@ OPTIONS = (
     ("--lr", float, 3e-3, 1e-9, "peak learning rate; it falls to a tenth by a cosine"),
     ("--warmup", int, 100, 0, "steps in which it rises to the peak"),
     ("--weight-decay", float, 0.1, 0, "of the matrices"),
+    ("--dropout", float, 0.0, 0, "part of the features that a sequence does without, in training"),
     ("--clip", float, 1.0, 1e-9, "limit of the gradient's norm"),
     ("--seed", int, 0, 0, "of the weights and of the order of the text"),
     ("--eval-every", int, 200, 0, "steps between measurements on --valid, 0 for only the first and last"),
@@ -174,7 +175,7 @@ def run(args):
     keep_freed_memory()
     from threadpoolctl import threadpool_limits
     with threadpool_limits(1):
-        parallel = ParallelModel(model, args.threads)
+        parallel = ParallelModel(model, args.threads, args.dropout, args.seed)
         batches = stream_batches(documents, args.batch_size, args.seq_len, args.seed)
         timed = stream_batches(documents, args.batch_size, args.seq_len, args.seed)
         steps = args.steps or steps_in(60 * args.minutes, parallel, islice(timed, TIMED_BATCHES))
@@ -211,6 +212,8 @@ def check(args):
             raise InputError(f"{flag} is {value}, it must be at least {least}")
     if (args.steps if args.minutes is None else args.minutes) <= 0:
         raise InputError("--steps or --minutes must be above 0")
+    if args.dropout >= 1:
+        raise InputError(f"--dropout is {args.dropout}, it must be below 1")
     if args.seq_len > args.context:
         raise InputError(f"--seq-len is {args.seq_len}, more than --context {args.context}: lower it")
     ensure_writable(args.output)

@@ -73,7 +73,7 @@ def _distribution(name, p):
         return 0.0, 0.3                 # the norms that hold w of 1 + w
     if "embed_tokens" in name:
         return 0.0, 1.0
-    return 0.0, 1.5 / math.sqrt(p[0].numel())
+    return 0.0, 1.0 / math.sqrt(p[0].numel())
 
 
 def in_float64(model):
