@@ -1,5 +1,6 @@
 # make demo        set up, then adapt the embedded model to a dialect (a minute and a half)
 # make test        set up, then all tests but those against other software (no torch)
+# make vectors     set up, then make the conformance vectors anew from the definition, and check them
 # make test-peers  set up an environment with torch, HF, PEFT and llama.cpp, then compare live
 
 PYTHON ?= python3
@@ -9,6 +10,10 @@ demo: .venv/ready
 
 test: .venv/ready
 	.venv/bin/python -m pytest -n auto
+
+vectors: .venv/ready
+	.venv/bin/deltanet-ref vectors --make deltanet_ref/oracle/vectors
+	.venv/bin/deltanet-ref vectors --verify
 
 test-peers: .venv-peers/ready
 	.venv-peers/bin/python -m pytest tests/peers
@@ -23,4 +28,4 @@ test-peers: .venv-peers/ready
 	.venv-peers/bin/python -m pip install --quiet --editable '.[test,peers]'
 	touch $@
 
-.PHONY: demo test test-peers
+.PHONY: demo test vectors test-peers

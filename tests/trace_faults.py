@@ -1,7 +1,7 @@
 """A small random model, and models and traces with one mistake in them: what `diff` must find and name.
 
-The mistakes are planted in the operators or the weights of a model that then runs as a whole, or, where a mistake sits between
-two operators, in a copy of a trace.
+The mistakes are planted in the operators or the weights of a model that then runs as a whole; or, where one sits
+between two operators, in a copy of a trace.
 """
 from types import SimpleNamespace
 
@@ -19,7 +19,8 @@ CONFIG = Config(
     vocab_size=61, hidden_size=38, intermediate_size=50, num_hidden_layers=3, num_attention_heads=6,
     num_key_value_heads=2, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=8,
     linear_value_head_dim=5, linear_conv_kernel_dim=4, rms_norm_eps=1e-6, rope_theta=1e5, partial_rotary_factor=0.5,
-    mrope_section=(2, 1, 1), layer_types=(DELTA, ATTENTION, DELTA), tie_word_embeddings=True, max_position_embeddings=99)
+    mrope_section=(2, 1, 1), layer_types=(DELTA, ATTENTION, DELTA), tie_word_embeddings=True,
+    max_position_embeddings=99)
 TOKENS = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 83)
 
 
@@ -274,7 +275,8 @@ FAULTS = {
     "embedding scaled": ("embed", "D^0.5", operators(
         embedding_forward=lambda t, w: ops.embedding_forward(t, w) * np.sqrt(CONFIG.hidden_size))),
     "a sign": ("blk.0.g", "-1: the sign", edited("blk.0.g", lambda t: -t["blk.0.g"])),
-    "a token late": ("blk.0.conv", "1 token late", edited("blk.0.conv", lambda t: np.pad(t["blk.0.conv"], ((1, 0), (0, 0)))[:-1])),
+    "a token late": ("blk.0.conv", "1 token late", edited(
+        "blk.0.conv", lambda t: np.pad(t["blk.0.conv"], ((1, 0), (0, 0)))[:-1])),
     "two tokens early": ("blk.2.v", "2 tokens early", edited("blk.2.v", lambda t: np.roll(t["blk.2.v"], -2, 0))),
     "tokens reversed": ("blk.0.o", "reverse order", edited("blk.0.o", lambda t: t["blk.0.o"][::-1])),
     "features before heads": ("blk.0.v", "transposed: (L, d_v, H_v)", edited(
@@ -290,7 +292,8 @@ FAULTS = {
     "bfloat16": ("blk.1.q", "bfloat16 numbers", edited("blk.1.q", lambda t: bfloat16(t["blk.1.q"]))),
     "float16": ("blk.1.k", "float16 numbers", edited(
         "blk.1.k", lambda t: t["blk.1.k"].astype(np.float16).astype(np.float64))),
-    "TF32": ("blk.0.qkv", "numbers of about 1", operators(linear_forward=lambda x, w: ops.linear_forward(tf32(x), tf32(w)))),
+    "TF32": ("blk.0.qkv", "numbers of about 1", operators(
+        linear_forward=lambda x, w: ops.linear_forward(tf32(x), tf32(w)))),
     # RMS norms
     "w for 1 + w": ("blk.0.attn_norm", "w where 1 + w", weights("blk.0.attn_norm.weight", lambda w: w - 1)),
     "1 + w twice": ("blk.0.ffn_norm", "added to the norm's weight once more",
@@ -300,12 +303,15 @@ FAULTS = {
     "layer norm": ("blk.0.attn_norm", "layer norm",
                    rms_norm(lambda x, w: normalised(x - x.mean(-1, keepdims=True)) * w)),
     "norm eps": ("blk.0.attn_norm", "eps is 1e-05", rms_norm(lambda x, w: normalised(x, eps=1e-5) * w)),
-    "norm eps outside": ("blk.0.attn_norm", "outside the root", rms_norm(lambda x, w: x / (np.sqrt((x ** 2).mean(-1, keepdims=True)) + 1e-6) * w)),
+    "norm eps outside": ("blk.0.attn_norm", "outside the root",
+                         rms_norm(lambda x, w: x / (np.sqrt((x ** 2).mean(-1, keepdims=True)) + 1e-6) * w)),
     "q norm w for 1 + w": ("blk.1.q_norm", "w where 1 + w", weights("blk.1.attn_q_norm.weight", lambda w: w - 1)),
     "k norm w for 1 + w": ("blk.1.k_norm", "w where 1 + w", weights("blk.1.attn_k_norm.weight", lambda w: w - 1)),
     # the delta layer
     "no SiLU": ("blk.0.conv", "SiLU after the convolution is missing", conv(lambda x, y, c: c)),
     "SiLU twice": ("blk.0.conv", "SiLU is applied twice", conv(lambda x, y, c: silu(y))),
+    "taps reversed": ("blk.0.conv", "taps are in reverse order",
+                      weights("blk.0.ssm_conv1d.weight", lambda w: w[:, ::-1])),
     "no convolution": ("blk.0.conv", "convolution is left out", conv(lambda x, y, c: silu(x))),
     "conv state of outputs": ("blk.0.conv_state", "outputs, not its inputs",
                               edited("blk.0.conv_state", lambda t: t["blk.0.conv"][-3:])),
@@ -317,7 +323,8 @@ FAULTS = {
                       l2_norm(lambda x: x / np.sqrt((x ** 2).sum((-1, -2), keepdims=True) + 1e-6))),
     "L2 eps on the mean": ("blk.0.q", "mean of the squares",
                            l2_norm(lambda x: normalised(x) / np.sqrt(x.shape[-1]))),
-    "L2 eps outside": ("blk.0.q", "outside the root", l2_norm(lambda x: x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-6))),
+    "L2 eps outside": ("blk.0.q", "outside the root",
+                       l2_norm(lambda x: x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-6))),
     "L2 eps as a floor": ("blk.0.q", "larger of norm and eps",
                           l2_norm(lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6))),
     "L2 eps": ("blk.0.q", "eps is 1e-12", l2_norm(lambda x: ops.l2_norm_forward(x, eps=1e-12)[0])),
@@ -349,14 +356,17 @@ FAULTS = {
     "state without the last token": ("blk.0.S", "before the last token", delta(
         lambda *x: (rule(*x)[0], rule(*(y[:, :-1] for y in x))[1]))),
     "no output gate": ("blk.0.o_gated", "gate z is left out", gated_norm(lambda o, z, w: normalised(o) * w)),
-    "sigmoid gate": ("blk.0.o_gated", "sigmoid(z) where SiLU", gated_norm(lambda o, z, w: normalised(o) * w * sigmoid(z))),
-    "gate before norm": ("blk.0.o_gated", "gate comes before the norm", gated_norm(lambda o, z, w: normalised(o * silu(z)) * w)),
+    "sigmoid gate": ("blk.0.o_gated", "sigmoid(z) where SiLU",
+                     gated_norm(lambda o, z, w: normalised(o) * w * sigmoid(z))),
+    "gate before norm": ("blk.0.o_gated", "gate comes before the norm",
+                         gated_norm(lambda o, z, w: normalised(o * silu(z)) * w)),
     "o not normalised": ("blk.0.o_gated", "not normalised", gated_norm(lambda o, z, w: o * w * silu(z))),
     "ssm_norm 1 + w": ("blk.0.o_gated", "ssm_norm alone holds w", weights("blk.0.ssm_norm.weight", lambda w: w + 1)),
     "ssm_norm left out": ("blk.0.o_gated", "weight is left out", weights("blk.0.ssm_norm.weight", np.ones_like)),
     "norm over heads": ("blk.0.o_gated", "all heads together",
                         gated_norm(lambda o, z, w: normalised(o, (-1, -2)) * w * silu(z))),
-    "ssm_norm eps": ("blk.0.o_gated", "eps is 1e-05", gated_norm(lambda o, z, w: normalised(o, eps=1e-5) * w * silu(z))),
+    "ssm_norm eps": ("blk.0.o_gated", "eps is 1e-05",
+                     gated_norm(lambda o, z, w: normalised(o, eps=1e-5) * w * silu(z))),
     "V heads of ssm_out": ("blk.0.mixer_out", "columns of ssm_out",
                            weights("blk.0.ssm_out.weight", lambda w: grouped_rows(w, 0, d_v, axis=1))),
     # the attention layer
@@ -371,8 +381,10 @@ FAULTS = {
     "positions from 1": ("blk.1.q", "start at 1", rotary(first=1)),
     "rotary theta": ("blk.1.q", "theta is 1e+06", rotary(theta=1e6)),
     "kv heads modulo": ("blk.1.o", "h % H_kv", attention(other_heads)),
-    "scores not scaled": ("blk.1.o", "not scaled", attention(lambda *x: ops.softmax_attention_forward(*x, scale=1.0)[0])),
-    "scores scaled twice": ("blk.1.o", "d^-0.5 twice", attention(lambda *x: ops.softmax_attention_forward(*x, scale=1 / d)[0])),
+    "scores not scaled": ("blk.1.o", "not scaled",
+                          attention(lambda *x: ops.softmax_attention_forward(*x, scale=1.0)[0])),
+    "scores scaled twice": ("blk.1.o", "d^-0.5 twice",
+                            attention(lambda *x: ops.softmax_attention_forward(*x, scale=1 / d)[0])),
     "no mask": ("blk.1.o", "no causal mask", attention(unmasked)),
     "no attention gate": ("blk.1.o_gated", "gate is left out", operators(
         sigmoid_gate_forward=lambda o, gate: (o, ops.sigmoid_gate_forward(o, gate)[1]))),
@@ -414,7 +426,8 @@ FAULTS = {
     "dq not scaled": ("d.blk.2.q", "d_k^0.5", backward(
         "gated_delta_rule_backward", lambda dq, *rest: (dq * np.sqrt(d_k), *rest))),
     "dg not summed": ("d.blk.2.g", "sum of g over a chunk of 64", edited(
-        "d.blk.2.g", lambda t: np.concatenate([-np.diff(x, axis=0, append=0 * x[:1]) for x in np.split(t["d.blk.2.g"], [64])]))),
+        "d.blk.2.g", lambda t: np.concatenate(
+            [-np.diff(x, axis=0, append=0 * x[:1]) for x in np.split(t["d.blk.2.g"], [64])]))),
     "dA_log for dssm_a": ("d.blk.0.ssm_a", "gradient of A_log", edited(
         "d.blk.0.ssm_a", lambda t: t["d.blk.0.ssm_a"] * per_head("blk.0.ssm_a"))),
 }

@@ -1,8 +1,8 @@
 """HF's Qwen3.5 in float64 throughout, by its torch code alone.
 
-`model.double()` is not float64: HF casts to float32 in the norms, the gates, rotary positions, softmax, the delta rule and
-the loss. Here the installed source of transformers is loaded once more with each of these casts made float64, and without
-the decorator that would put FLA's or causal_conv1d's kernels in the place of its torch functions.
+`model.double()` is not float64: HF casts to float32 in the norms, the gates, rotary positions, softmax, the delta rule
+and the loss. Here the installed source of transformers is loaded once more with each of these casts made float64, and
+without the decorator that would put FLA's or causal_conv1d's kernels in the place of its torch functions.
 """
 import importlib.util
 import re

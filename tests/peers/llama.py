@@ -1,4 +1,4 @@
-"""The real llama.cpp (xllamacpp, in this process): log-probabilities of a GGUF file, with adapters attached at run time."""
+"""The real llama.cpp (xllamacpp, in this process): log-probabilities of a GGUF file, adapters attached at run time."""
 import json
 
 import numpy as np

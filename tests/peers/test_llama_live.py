@@ -1,8 +1,10 @@
 """The real llama.cpp on the files that we write: whole models, adapters at run time, several at once.
 
-Compared are its log-probabilities of the next token, over the whole vocabulary, with those of our float64 forward on the
-same file.
+Compared are its log-probabilities of the next token, over the whole vocabulary, with those of our float64 forward on
+the same file.
 """
+import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,10 @@ from tests.peers import hf_models
 from tests.peers.hf_models import ATTENTION, DELTA
 from tests.peers.llama import Llama
 
-# llama.cpp computes in float32: it was seen 2e-7 .. 1.1e-6 from HF's float64 on the fixtures (their report.json). One
-# badly conditioned prompt in forty is off by more (3e-6, and so is our own float32): the norms are of all PROMPTS.
+# llama.cpp computes in float32: it was seen 2e-7 .. 1.1e-6 from HF's float64 on the fixtures (their report.json). A
+# badly conditioned prompt is off by more now and then, in our float32 too: the norms are of several prompts together.
 FLOAT32 = 1.5e-6
-LENGTHS, PROMPTS = (1, 7, 65, 200), 16
+LENGTHS, PROMPTS = (1, 7, 65, 200), 5
 EFFECT = 1e-2           # what an adapter changes at least; measured: 0.3
 FIXTURE_FILES = {name: FIXTURES / name / f"{name}-f32.gguf" for name in ("eq", "grouped")}
 
@@ -58,9 +60,9 @@ def random_adapter(model, path, seed, **options):
     return dr.load_adapter(path, model)
 
 
-def write_irregular_model(directory):
+def write_irregular_model(directory, **changes):
     """HF's random weights -> HF directory -> our tensors -> GGUF. Returns its path and HF's model."""
-    hf = hf_models.random_model(IRREGULAR, seed=11)
+    hf = hf_models.random_model(IRREGULAR | changes, seed=11)
     hf.save_pretrained(directory / "hf")
     model, path = dr.load_model(directory / "hf", dtype="float64"), directory / "irregular.gguf"
     vocabulary = {key: value for key, value in read_gguf(FIXTURE_FILES["eq"]).metadata.items() if "tokenizer." in key}
@@ -122,20 +124,43 @@ def test_the_model_that_we_write_is_the_one_that_hf_made(tmp_path):
     assert relative(model.logits(tokens), hf_models.hidden_states(hf, tokens)[-1] @ head.T) < 5e-7
 
 
+def test_llama_cpp_takes_the_eps_of_the_rms_norm_in_its_l2_norm_too(tmp_path, monkeypatch):
+    """Where HF has 1e-6 whatever rms_norm_eps is. The published models, where both are 1e-6, do not show it."""
+    path, _ = write_irregular_model(tmp_path, rms_norm_eps=1e-3)
+    llama, model = Llama(path), dr.load_model(path, dtype="float64")
+    tokens = prompts(model)[1]
+    reported = theirs(llama, tokens)
+    assert relative(reported, ours(model, tokens)) > 10 * FLOAT32
+    monkeypatch.setattr(model.backend, "l2_norm_forward", partial(model.backend.l2_norm_forward, eps=1e-3))
+    assert relative(reported, ours(model, tokens)) < FLOAT32
+
+
 # ---- quantised files
 
-# llama.cpp rounds the activations as well, which we do not. Three times what was measured.
-ROUNDED_ACTIVATIONS = {"f16": 1, "q8_0": 1, "Q4_K_M": 1}
-SAME_GREEDY_TOKEN = 0.9         # of the prompts
-QUANTISED = [(FIXTURES / "grouped" / "grouped-f16.gguf", "f16"), (FIXTURES / "grouped" / "grouped-q8_0.gguf", "q8_0"),
-             (FIXTURES / "quant" / "quant-q8_0.gguf", "q8_0"), (FIXTURES / "quant" / "quant-Q4_K_M.gguf", "Q4_K_M"),
-             *((path, "q8_0") for path in Path(dr.__file__).parent.glob("demo/*.gguf"))]
+DEMO = Path(dr.__file__).parent / "demo"
+# llama.cpp rounds the activations as well, which we do not: a limit of three times what was measured, for each file.
+ROUNDED_ACTIVATIONS = {
+    FIXTURES / "grouped" / "grouped-f16.gguf": 7e-4,
+    FIXTURES / "quant" / "quant-q8_0.gguf": 2.5e-2,
+    FIXTURES / "quant" / "quant-Q4_K_M.gguf": 3e-2,
+    DEMO / "king-james.gguf": 1e-2,
+}
 
 
-@pytest.mark.parametrize("path, kind", QUANTISED, ids=[path.stem for path, _ in QUANTISED])
-def test_quantised_files_give_llama_cpps_log_probabilities_but_for_its_rounding_of_activations(path, kind):
+@pytest.mark.parametrize("path", ROUNDED_ACTIVATIONS, ids=lambda path: path.stem)
+def test_quantised_files_give_llama_cpps_log_probabilities_but_for_its_rounding_of_activations(path):
     llama, model = Llama(path), dr.load_model(path, dtype="float64")
     for tokens in prompts(model):
-        exact, rounded = ours(model, tokens), theirs(llama, tokens)
-        assert relative(rounded, exact) < ROUNDED_ACTIVATIONS[kind], tokens.shape
-        assert (rounded.argmax(1) == exact.argmax(1)).mean() >= SAME_GREEDY_TOKEN, tokens.shape
+        assert relative(theirs(llama, tokens), ours(model, tokens)) < ROUNDED_ACTIVATIONS[path], tokens.shape
+
+
+def test_the_embedded_model_continues_verses_in_llama_cpp_as_here():
+    """The most probable token, where it leads by more than a tenth of a nat: that is more than the rounding moves."""
+    llama, model = Llama(DEMO / "king-james.gguf"), dr.load_model(DEMO / "king-james.gguf")
+    verses = [json.loads(line)["text"] for line in (DEMO / "evaluate-english.jsonl").read_text().splitlines()[:40]]
+    tokens = np.array([model.tokenizer.encode(verse)[:12] for verse in verses])
+    logits = ours(model, tokens)
+    second, first = np.sort(logits)[:, -2:].T
+    decided = first - second > 0.1
+    assert decided.sum() > 30
+    assert (theirs(llama, tokens).argmax(1) == logits.argmax(1))[decided].all()

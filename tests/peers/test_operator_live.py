@@ -1,4 +1,4 @@
-"""Each operator against torch: a recurrence or a formula written here under autograd, and HF's own functions in float64."""
+"""Each operator against torch in float64: a recurrence or a formula written here under autograd, HF's own functions."""
 import numpy as np
 import pytest
 import torch
@@ -100,14 +100,37 @@ def test_both_forms_equal_autograd_through_the_recurrence(form, case, head_order
 
 
 @both_forms
+def test_packed_sequences_equal_autograd_through_each_alone(form):
+    B, H_k, H_v, d_k, d_v, cu = 1, 2, 6, 5, 4, [0, 1, 20, 20, 53, 90]
+    rng = np.random.default_rng(10)
+    q, k = normalised(rng.standard_normal((2, B, cu[-1], H_k, d_k)))
+    v, do = rng.standard_normal((2, B, cu[-1], H_v, d_v))
+    g, beta = -3 * rng.random(v.shape[:3]), rng.random(v.shape[:3])
+    S0, dS_end = rng.standard_normal((2, len(cu) - 1, H_v, d_k, d_v))
+    leaves = torch_leaves(q, k, v, g, beta, S0)
+    o, S_end = [], []
+    for n, (a, b) in enumerate(zip(cu, cu[1:])):
+        pieces, S = [x[:, a:b] for x in leaves[:5]], leaves[5][n:n + 1]
+        if a < b:                                           # an empty sequence passes its state on
+            one, S = torch_recurrence(*pieces, S, SCALE, "grouped")
+            o.append(one)
+        S_end.append(S)
+    outputs = torch.cat(o, 1), torch.cat(S_end)
+    theirs = backpropagate(outputs, (do, dS_end), leaves)
+    options = dict(S0=S0, scale=SCALE, cu_seqlens=np.array(cu))
+    ours, S, cache = getattr(gdr, f"{form}_forward")(q, k, v, g=g, beta=beta, **options)
+    assert_all_close([ours, S, *getattr(gdr, f"{form}_backward")(do, dS_end, cache)], [*outputs, *theirs])
+
+
+@both_forms
 @every_case
 @pytest.mark.parametrize("hf_form", ["chunk", "recurrent"])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_both_forms_equal_hfs_functions(form, case, hf_form, normalise):
     """With normalise HF's function normalises q and k inside, where we compose l2_norm and the operator.
 
-    HF's chunk form gets dg as a difference of sums as large as q dq and k dk: 6e-8 of it is rounding where all g are -20
-    (the recurrence, above, agrees with us there). Against that form dg is judged by the size of these sums.
+    HF's chunk form gets dg as a difference of sums as large as q dq and k dk: 6e-8 of it is rounding where all g are
+    -20 (the recurrence, above, agrees with us there). Against that form dg is judged by the size of these sums.
     """
     x = Arguments(case)
     q, k = (x.q, x.k) if normalise else (normalised(x.q), normalised(x.k))
@@ -198,7 +221,8 @@ def test_l2_norm_equals_hfs_also_where_eps_counts(size):
 
 # ---- attention
 
-@pytest.mark.parametrize("head_dim, factor, sections", [(28, 0.5, [3, 2, 2]), (64, 0.5, [6, 5, 5]), (40, 0.25, [2, 1, 2])])
+@pytest.mark.parametrize("head_dim, factor, sections",
+                         [(28, 0.5, [3, 2, 2]), (64, 0.5, [6, 5, 5]), (40, 0.25, [2, 1, 2])])
 def test_rotary_positions_with_interleaved_sections_equal_hfs(head_dim, factor, sections):
     """Time, height and width of each token differ, as in an image."""
     rope = dict(rope_type="default", rope_theta=5e3, partial_rotary_factor=factor, mrope_section=sections)
@@ -206,13 +230,15 @@ def test_rotary_positions_with_interleaved_sections_equal_hfs(head_dim, factor, 
     rng = np.random.default_rng(6)
     B, L, H, H_kv = 2, 9, 3, 5
     positions = rng.integers(0, 200, (3, L))
-    (q, dq_turned), (k, dk_turned) = rng.standard_normal((2, B, L, H, head_dim)), rng.standard_normal((2, B, L, H_kv, head_dim))
+    q, dq_turned = rng.standard_normal((2, B, L, H, head_dim))
+    k, dk_turned = rng.standard_normal((2, B, L, H_kv, head_dim))
     leaves = torch_leaves(q, k)
     tables = hf.Qwen3_5TextRotaryEmbedding(config)(leaves[0], torch.tensor(positions)[:, None])
     turned = hf.apply_rotary_pos_emb(*leaves, *tables, unsqueeze_dim=2)
     theirs = backpropagate(turned, (dq_turned, dk_turned), leaves)
     cos, sin = ops.rope_tables(positions, int(head_dim * factor), 5e3, sections, np.float64)
-    ours = [ops.rope_forward(x, cos, sin) for x in (q, k)] + [ops.rope_backward(d, cos, sin) for d in (dq_turned, dk_turned)]
+    ours = [ops.rope_forward(x, cos, sin) for x in (q, k)]
+    ours += [ops.rope_backward(d, cos, sin) for d in (dq_turned, dk_turned)]
     assert_all_close(ours, [*turned, *theirs])
 
 

@@ -1,0 +1,309 @@
+"""The gated delta rule on the CPU: one task for each sequence and key head, which walks the chunks with the state in hand.
+
+Mathematics: docs/derivations/chunked-wy.md, section "Without U and W". The triangular system is solved for the right-hand
+side that is there, so T, U and W are never formed; P, A and all decays are computed again in backward. Products are taken
+from q, k, v, do where they lie and accumulate where the result belongs. Value heads of one key head share Q K^T and K K^T.
+"""
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from deltanet_ref.backends.numba_cpu.blas import gemm, solve, solve_transposed
+from deltanet_ref.backends.numba_cpu.kernel import exp, heads, inlined, kernel, row, same_float
+from deltanet_ref.ops.gated_delta_rule.arguments import Arguments, arguments, incoming_gradients
+
+
+class DeltaRuleCache(NamedTuple):
+    """Kept by gated_delta_rule_forward; everything else of a chunk is recomputed."""
+    args: Arguments
+    chunk_size: int
+    V_new: np.ndarray         # (B L, H_v, d_v)
+    S: np.ndarray             # (chunks of all sequences, H_v, d_k, d_v) the state entering each chunk
+
+
+def gated_delta_rule_forward(q, k, v, *, g, beta, S0=None, scale=None, head_order="grouped", cu_seqlens=None,
+                             chunk_size=64):
+    """o, S_end, cache: arguments, returns and errors as ops.gated_delta_rule.chunk_forward; float32 or float64."""
+    same_float(q, k, v, g, beta, S0)
+    args = arguments(q, k, v, g=g, beta=beta, S0=S0, scale=scale, head_order=head_order, cu_seqlens=cu_seqlens)
+    args = args._replace(q=heads(args.q), k=heads(args.k), v=heads(args.v))
+    chunks = first_chunks(args.cu_seqlens, chunk_size)
+    o, V_new, S_end = np.empty(args.v.shape, args.v.dtype), np.empty(args.v.shape, args.v.dtype), args.S0.copy()
+    S = np.empty((chunks[-1], *args.S0.shape[1:]), args.v.dtype)
+    _forward(_tasks(args), args.q, args.k, args.v, args.g, args.beta, args.scale, args.cu_seqlens, chunks, args.key_head,
+             chunk_size, o, V_new, S, S_end)
+    return o.reshape(*args.batch, *o.shape[1:]), S_end, DeltaRuleCache(args, chunk_size, V_new, S)
+
+
+def gated_delta_rule_backward(do, dS_end, cache):
+    """dq, dk, dv, dg, dbeta, dS0: as ops.gated_delta_rule.chunk_backward."""
+    args, chunk_size, V_new, S = cache
+    do, dS_end = incoming_gradients(do, dS_end, args)
+    dq, dk, dv, dg, dbeta = (np.empty(x.shape, x.dtype) for x in (args.q, args.k, args.v, args.g, args.beta))
+    dS0 = dS_end.copy()
+    _backward(_tasks(args), heads(do), args.q, args.k, args.v, args.g, args.beta, args.scale,
+              args.cu_seqlens, first_chunks(args.cu_seqlens, chunk_size), args.key_head, chunk_size, V_new, S,
+              dq, dk, dv, dg, dbeta, dS0)
+    return *(x.reshape(*args.batch, *x.shape[1:]) for x in (dq, dk, dv, dg, dbeta)), dS0
+
+
+def gated_delta_rule_step(q, k, v, *, g, beta, S, scale=None, head_order="grouped"):
+    """One token of each sequence: o, S, as ops.gated_delta_rule.recurrent_step."""
+    same_float(q, k, v, g, beta, S)
+    args = arguments(q[:, None], k[:, None], v[:, None], g=g[:, None], beta=beta[:, None], S0=S, scale=scale,
+                     head_order=head_order, cu_seqlens=None)
+    o, S_new = np.empty(args.v.shape, args.v.dtype), np.empty(args.S0.shape, args.S0.dtype)
+    _step(g.size, heads(args.q), heads(args.k), heads(args.v), args.g, args.beta, args.scale, args.key_head, args.S0, o, S_new)
+    return o, S_new
+
+
+def _tasks(args):
+    """Sequences times key heads; neighbouring tasks are different sequences, whose lengths differ more than heads do."""
+    return (len(args.cu_seqlens) - 1) * args.k.shape[1]
+
+
+def first_chunks(cu_seqlens, C):
+    """Number of the first chunk of each sequence, and of all chunks: (N_seq + 1,)."""
+    return np.concatenate([[0], np.cumsum(-(-np.diff(cu_seqlens) // C))])
+
+
+@kernel("r3 r3 r3 r2 r2 f i1 i1 i1 i w3 w3 w4 w4")
+def _forward(first, last, q, k, v, g, beta, scale, cu_seqlens, chunks, key_head, C, o, V_new, S_enter, S_end):
+    """Sequence n, key head h_k and its value heads. S_end holds the state, at first S0."""
+    d_k, d_v = k.shape[2], v.shape[2]
+    squares = np.empty((5, C, C), q.dtype)
+    QK, KK, P, A, Gamma = squares[0], squares[1], squares[2], squares[3], squares[4]
+    K_tail = np.empty((C, d_k), q.dtype)
+    gc, decay, tail = np.empty(C, np.float64), np.empty(C, q.dtype), np.empty(C, q.dtype)
+    one, zero = q.dtype.type(1), q.dtype.type(0)
+    sequences = len(cu_seqlens) - 1
+    for task in range(first, last):
+        n, h_k = task % sequences, task // sequences
+        for chunk in range(chunks[n], chunks[n + 1]):
+            start = cu_seqlens[n] + (chunk - chunks[n]) * C
+            c = min(C, cu_seqlens[n + 1] - start)
+            Q, K = q[start:start + c, h_k], k[start:start + c, h_k]
+            gemm(scale, Q, K.T, zero, QK[:c, :c])
+            gemm(one, K, K.T, zero, KK[:c, :c])
+            for h in range(v.shape[1]):
+                if key_head[h] != h_k:
+                    continue
+                S, R, O = S_end[n, h], V_new[start:start + c, h], o[start:start + c, h]
+                _copy(S, S_enter[chunk, h])
+                _decays(g, start, c, h, gc, decay, tail)
+                _triangles(QK, KK, beta, start, c, h, gc, P, A, Gamma)
+                # R = beta (V - exp(gc) K S)                                                               [chunk.13]
+                gemm(one, K, S, zero, R)
+                for i in range(c):
+                    R_i, v_i = row(R, i), row(v, start + i, h)
+                    b = beta[start + i, h]
+                    for m in range(d_v):
+                        R_i[m] = b * (v_i[m] - decay[i] * R_i[m])
+                # (I + A) V_new = R                                                                        [chunk.14]
+                solve(A[:c, :c], R)
+                # o = scale exp(gc) Q S + P V_new, scale being in P                                        [chunk.4]
+                gemm(scale, Q, S, zero, O)
+                _scale_rows(decay, O, O)
+                gemm(one, P[:c, :c], R, one, O)
+                # S' = exp(gc_C) S + (exp(gc_C - gc) K)^T V_new                                            [chunk.2]
+                _scale_rows(tail, K, K_tail)
+                gemm(one, K_tail[:c].T, R, decay[c - 1], S)
+
+
+@kernel("r3 r3 r3 r3 r2 r2 f i1 i1 i1 i r3 r4 w3 w3 w3 w2 w2 w4")
+def _backward(first, last, do, q, k, v, g, beta, scale, cu_seqlens, chunks, key_head, C, V_new, S_enter,
+              dq, dk, dv, dg, dbeta, dS0):
+    """Sequence n, key head h_k and its value heads. dS0 holds the gradient of the state, at first dS_end."""
+    d_k, d_v = k.shape[2], v.shape[2]
+    squares = np.empty((7, C, C), q.dtype)
+    QK, KK, P, A, Gamma = squares[0], squares[1], squares[2], squares[3], squares[4]
+    dP, dA = squares[5], squares[6]
+    X, V_tail = np.empty((C, d_v), q.dtype), np.empty((C, d_v), q.dtype)
+    dO_S, X_S = np.empty((C, d_k), q.dtype), np.empty((C, d_k), q.dtype)
+    Q_decayed, K_decayed = np.empty((C, d_k), q.dtype), np.empty((C, d_k), q.dtype)
+    gc, decay, tail = np.empty(C, np.float64), np.empty(C, q.dtype), np.empty(C, q.dtype)
+    from_row, from_tail, below = np.empty(C, q.dtype), np.empty(C, q.dtype), np.empty(C, q.dtype)
+    one, zero = q.dtype.type(1), q.dtype.type(0)
+    sequences = len(cu_seqlens) - 1
+    for task in range(first, last):
+        n, h_k = task % sequences, task // sequences
+        for chunk in range(chunks[n + 1] - 1, chunks[n] - 1, -1):
+            start = cu_seqlens[n] + (chunk - chunks[n]) * C
+            c = min(C, cu_seqlens[n + 1] - start)
+            Q, K = q[start:start + c, h_k], k[start:start + c, h_k]
+            dQ, dK = dq[start:start + c, h_k], dk[start:start + c, h_k]
+            gemm(scale, Q, K.T, zero, QK[:c, :c])
+            gemm(one, K, K.T, zero, KK[:c, :c])
+            dQ[:] = 0
+            dK[:] = 0
+            for h in range(v.shape[1]):
+                if key_head[h] != h_k:
+                    continue
+                S, dS = S_enter[chunk, h], dS0[n, h]
+                V, dO = V_new[start:start + c, h], do[start:start + c, h]
+                _decays(g, start, c, h, gc, decay, tail)
+                _triangles(QK, KK, beta, start, c, h, gc, P, A, Gamma)
+                # dV_new = (exp(gc_C - gc) K) dS' + P^T dO                                                 [chunk.15]
+                gemm(one, K, dS, zero, X[:c])
+                for i in range(c):
+                    X_i, V_i, V_tail_i = row(X, i), row(V, i), row(V_tail, i)
+                    total = zero
+                    for m in range(d_v):
+                        X_i[m] *= tail[i]
+                        V_tail_i[m] = tail[i] * V_i[m]
+                        total += X_i[m] * V_i[m]
+                    from_tail[i] = total
+                gemm(one, P[:c, :c].T, dO, one, X[:c])
+                # (I + A)^T X = dV_new                                                                     [chunk.16]
+                solve_transposed(A[:c, :c], X[:c])
+                # dv = beta X, and the part of dbeta that does not go through A
+                gemm(one, X[:c], S.T, zero, X_S[:c])
+                gemm(scale, dO, S.T, zero, dO_S[:c])
+                for i in range(c):
+                    X_i, v_i, dv_i = row(X, i), row(v, start + i, h), row(dv, start + i, h)
+                    b, direct = beta[start + i, h], zero
+                    for m in range(d_v):
+                        dv_i[m] = b * X_i[m]
+                        direct += X_i[m] * v_i[m]
+                    # scale exp(gc) Q, -beta exp(gc) K and the gradients through them
+                    Q_i, K_i, dQ_i, dK_i = row(Q, i), row(K, i), row(dQ, i), row(dK, i)
+                    dO_S_i, X_S_i, Q_decayed_i, K_decayed_i = row(dO_S, i), row(X_S, i), row(Q_decayed, i), row(K_decayed, i)
+                    into_q, into_k, through_S, through_o = decay[i], -b * decay[i], zero, zero
+                    for m in range(d_k):
+                        through_o += dO_S_i[m] * Q_i[m]
+                        through_S += X_S_i[m] * K_i[m]
+                        dQ_i[m] += into_q * dO_S_i[m]
+                        dK_i[m] += into_k * X_S_i[m]
+                        Q_decayed_i[m] = scale * into_q * Q_i[m]
+                        K_decayed_i[m] = into_k * K_i[m]
+                    from_row[i] = into_q * through_o + into_k * through_S
+                    dbeta[start + i, h] = direct - decay[i] * through_S
+                # dP = dO V_new^T, dA = -X V_new^T, then what they give to Q K^T and K K^T
+                gemm(one, dO, V.T, zero, dP[:c, :c])
+                gemm(-one, X[:c], V.T, zero, dA[:c, :c])
+                whole = decay[c - 1] * _inner(S, dS)
+                _pairs(P, KK, Gamma, beta, start, c, h, scale, dP, dA, below, dbeta, dg)
+                gemm(one, dP[:c, :c], K, one, dQ)
+                gemm(one, dP[:c, :c].T, Q, one, dK)
+                gemm(one, dA[:c, :c], K, one, dK)
+                gemm(one, V_tail[:c], dS.T, one, dK)
+                _log_decay(from_row, from_tail, whole, start, c, h, dg)
+                # dS = exp(gc_C) dS' + (scale exp(gc) Q)^T dO - (beta exp(gc) K)^T X                       [chunk.17]
+                gemm(one, Q_decayed[:c].T, dO, decay[c - 1], dS)
+                gemm(one, K_decayed[:c].T, X[:c], one, dS)
+
+
+@kernel("r3 r3 r3 r2 r2 f i1 r4 w3 w4")
+def _step(first, last, q, k, v, g, beta, scale, key_head, S, o, S_new):
+    """[delta.1..4] in two passes over S: k S and q S, then S and o = scale (exp(g) q S + (q k) u)."""
+    u = np.empty(v.shape[2], v.dtype)
+    for task in range(first, last):
+        n, h = task // v.shape[1], task % v.shape[1]
+        q_n, k_n, v_n, o_n = row(q, n, key_head[h]), row(k, n, key_head[h]), row(v, n, h), row(o, n, h)
+        decay, qk = exp(g[n, h]), q.dtype.type(0)
+        u[:] = 0
+        o_n[:] = 0
+        for i in range(len(k_n)):
+            S_i = row(S, n, h, i)
+            qk += q_n[i] * k_n[i]
+            for m in range(len(v_n)):
+                u[m] += k_n[i] * S_i[m]
+                o_n[m] += q_n[i] * S_i[m]
+        for m in range(len(v_n)):
+            u[m] = beta[n, h] * (v_n[m] - decay * u[m])
+            o_n[m] = scale * (decay * o_n[m] + qk * u[m])
+        for i in range(len(k_n)):
+            S_i, S_new_i = row(S, n, h, i), row(S_new, n, h, i)
+            for m in range(len(v_n)):
+                S_new_i[m] = decay * S_i[m] + k_n[i] * u[m]
+
+
+@inlined
+def _decays(g, start, c, h, gc, decay, tail):
+    """gc, the summed log decay in float64; exp(gc) and exp(gc_C - gc)."""
+    total = 0.0
+    for i in range(c):
+        total += g[start + i, h]
+        gc[i] = total
+    for i in range(c):
+        decay[i], tail[i] = math.exp(gc[i]), math.exp(total - gc[i])
+
+
+@inlined
+def _triangles(QK, KK, beta, start, c, h, gc, P, A, Gamma):
+    """Gamma, P = Q K^T * Gamma and, strictly below the diagonal, A = beta K K^T * Gamma; P is zero above it [wy.2..3]."""
+    for i in range(c):
+        b, QK_i, KK_i = beta[start + i, h], row(QK, i), row(KK, i)
+        P_i, A_i, Gamma_i = row(P, i), row(A, i), row(Gamma, i)
+        for j in range(i):
+            Gamma_i[j] = exp(P.dtype.type(gc[i] - gc[j]))
+            P_i[j] = QK_i[j] * Gamma_i[j]
+            A_i[j] = b * KK_i[j] * Gamma_i[j]
+        P_i[i] = QK_i[i]
+        P_i[i + 1:c] = 0
+
+
+@inlined
+def _pairs(P, KK, Gamma, beta, start, c, h, scale, dP, dA, below, dbeta, dg):
+    """dP and dA become the gradients of Q K^T, and of K K^T, filled symmetrically [chunk.7, wy.9]; dbeta gets its part
+    through A; dg_t = the sum over i >= t > j of dA_ij A_ij + dP_ij P_ij [chunk.12]."""
+    below[:c] = 0                                                          # for each j: the pairs in the rows from i on
+    for i in range(c - 1, -1, -1):
+        b, P_i, KK_i, Gamma_i, dP_i, dA_i = beta[start + i, h], row(P, i), row(KK, i), row(Gamma, i), row(dP, i), row(dA, i)
+        through_A, crossing = P.dtype.type(0), P.dtype.type(0)
+        for j in range(i):
+            dA_Gamma = dA_i[j] * Gamma_i[j]
+            through_A += dA_Gamma * KK_i[j]
+            below[j] += b * dA_Gamma * KK_i[j] + dP_i[j] * P_i[j]
+            crossing += below[j]
+            dA_i[j] = b * dA_Gamma
+            dP_i[j] *= scale * Gamma_i[j]
+        dbeta[start + i, h] += through_A
+        dg[start + i, h] = crossing
+        dA_i[i] = 0
+        dP_i[i] *= scale
+        dP_i[i + 1:c] = 0
+    for i in range(c):
+        for j in range(i):
+            dA[j, i] = dA[i, j]
+
+
+@inlined
+def _log_decay(from_row, from_tail, whole, start, c, h, dg):
+    """dg_t += rows from t on + tails before t + whole [chunk.12]."""
+    before, below = 0.0, 0.0
+    for i in range(c):
+        dg[start + i, h] += whole + before
+        before += from_tail[i]
+    for i in range(c - 1, -1, -1):
+        below += from_row[i]
+        dg[start + i, h] += below
+
+
+@inlined
+def _scale_rows(factor, x, y):
+    """y_i = factor_i x_i for each row of x."""
+    for i in range(len(x)):
+        x_i, y_i = row(x, i), row(y, i)
+        for m in range(len(x_i)):
+            y_i[m] = factor[i] * x_i[m]
+
+
+@inlined
+def _inner(x, y):
+    """Sum of x * y."""
+    total = x.dtype.type(0)
+    for i in range(len(x)):
+        x_i, y_i = row(x, i), row(y, i)
+        for m in range(len(x_i)):
+            total += x_i[m] * y_i[m]
+    return total
+
+
+@inlined
+def _copy(x, y):
+    for i in range(len(x)):
+        x_i, y_i = row(x, i), row(y, i)
+        for m in range(len(x_i)):
+            y_i[m] = x_i[m]

@@ -1,0 +1,66 @@
+"""deltanet-ref vectors: the conformance cases as files, one pair for each case; listed, made and checked."""
+from pathlib import Path
+
+EPILOG = """\
+examples:
+  deltanet-ref vectors --list
+  deltanet-ref vectors --out cases --cases delta            cases/delta/plain.in.safetensors and .expected.safetensors
+  deltanet-ref vectors --out cases --format gguf --cases 'delta/ragged-*' packed
+"""
+
+
+def add_arguments(parser):
+    parser.epilog = EPILOG
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="every case with its sizes and flags, and what each flag brings out")
+    what.add_argument("--out", metavar="DIR", help="write each case's inputs and expected answers as files")
+    what.add_argument("--make", metavar="DIR", help="make the vectors of the package anew, from the definition")
+    what.add_argument("--verify", action="store_true", help="make them anew in memory, and compare with those of the package")
+    parser.add_argument("--cases", nargs="+", metavar="PATTERN", default=["*"], help="case ids, shell patterns or groups (default all)")
+    parser.add_argument("--format", choices=("safetensors", "npz", "gguf"), default="safetensors", help="of --out")
+
+
+def run(args):
+    from deltanet_ref.oracle import generate
+    from deltanet_ref.oracle.cases import select
+    from deltanet_ref.oracle.expected import VECTORS
+
+    if args.make:
+        generate.write_vectors(args.make)
+        print(f"{len(generate.CASES)} cases written to {args.make}")
+    elif args.verify:
+        wrong = generate.verify_vectors(VECTORS)
+        print("\n".join(wrong) or f"{len(generate.CASES)} cases: sums, metadata and inputs are the same, answers within "
+              f"{generate.ELSEWHERE:g} of their scale")
+        return 1 if wrong else 0
+    elif args.list:
+        print_list(select(args.cases))
+    else:
+        export(select(args.cases), Path(args.out), args.format)
+    return 0
+
+
+def print_list(cases):
+    from deltanet_ref.oracle.flags import FLAGS
+
+    for case in cases:
+        sizes = " ".join(f"{letter}={number}" for letter, number in case.sizes.items())
+        print(f"{case.id:28} {sizes:44} {' '.join(case.flags)}")
+    print()
+    for name in dict.fromkeys(flag for case in cases for flag in case.flags):
+        print(f"{name:18} {FLAGS[name].catches}" + (f" ({FLAGS[name].where})" if FLAGS[name].where else ""))
+
+
+def export(cases, directory, format):
+    """DIR/CASE-ID.in.FORMAT holds the inputs; DIR/CASE-ID.expected.FORMAT the answers, with NAME.scale and NAME.floor."""
+    from deltanet_ref.oracle.cases import make_inputs
+    from deltanet_ref.oracle.exchange import write_case
+    from deltanet_ref.oracle.generate import make_entry
+
+    for case in cases:
+        inputs = make_inputs(case)
+        target = directory / case.id
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_case(f"{target}.in.{format}", inputs)
+        write_case(f"{target}.expected.{format}", {name: array for name, array in make_entry(case)[1].items() if name not in inputs})
+    print(f"{len(cases)} cases written to {directory}, CASE-ID.in.{format} and CASE-ID.expected.{format}")

@@ -1,0 +1,72 @@
+"""What a case should give: from the committed vectors, or computed from the definition in float64."""
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from deltanet_ref.formats.safetensors import read_safetensors
+from deltanet_ref.oracle.cases import make_inputs
+from deltanet_ref.oracle.chunk_by_chunk import INTERMEDIATES, chunk_by_chunk
+from deltanet_ref.oracle.noise import floors, scales
+from deltanet_ref.oracle.operators import OPERATORS, in_dtype
+
+VECTORS = Path(__file__).parent / "vectors"
+SAMPLES = 48                  # tokens whose answers a sampled case carries
+
+
+class Expected(NamedTuple):
+    """The right answers of a case, and how exact they can be (noise.py)."""
+    values: dict              # output, gradient or intermediate -> float64 array
+    scales: dict              # the same names -> float64 array of the leading axes
+    floors: dict              # the same names -> {"float32": ..., "bfloat16": ...}
+    sample: np.ndarray | None # the tokens that o and the gradients hold; None for all
+
+
+def compute(case, x=None):
+    """Expected of the case, or of other inputs x (as make_inputs gives them) for the same case."""
+    x = in_dtype(make_inputs(case) if x is None else x, np.float64)
+    if case.options.get("head_order"):
+        x = x | {"head_order": case.options["head_order"]}
+    y = OPERATORS[case.op].reference(x)
+    if case.options.get("intermediates"):
+        chunks = chunk_by_chunk(x)
+        y = y | {name: chunks[name] for name in INTERMEDIATES}
+    scale = scales(case, x, y)
+    expected = Expected(y, scale, floors(case, x, y, scale), None)
+    return _sampled(case, expected) if case.options.get("sampled") else expected
+
+
+def _sampled(case, expected):
+    """Only some tokens of what has a token axis: the first, the last, and others evenly spread."""
+    L = case.sizes["L"]
+    sample = np.unique([0, 1, *(n * L // SAMPLES for n in range(SAMPLES)), L - 2, L - 1])
+    axes = OPERATORS[case.op].outputs | OPERATORS[case.op].gradients
+    values, scale = ({name: a[:, sample] if axes[name][:2] == "st" else a for name, a in table.items()}
+                     for table in (expected.values, expected.scales))
+    return Expected(values, scale, expected.floors, sample)
+
+
+def expected(case):
+    """Expected of the case from the vectors beside this file."""
+    entries, tensors = _group(case.group)
+    entry = entries[case.id]
+    values, scale, floor = {}, {}, {}
+    for name, facts in entry["tensors"].items():
+        if facts["role"] in ("output", "gradient", "intermediate"):
+            values[name] = tensors[f"{case.id}/{name}"].reshape(facts["shape"])
+            scale[name] = _leading(tensors[f"{case.id}/{name}.scale"].astype(np.float64), values[name])
+            floor[name] = dict(zip(("float32", "bfloat16"), tensors[f"{case.id}/{name}.floor"].tolist()))
+    return Expected(values, scale, floor, np.array(entry["sample"]) if "sample" in entry else None)
+
+
+def _leading(scale, value):
+    """safetensors has no arrays without an axis here: the scale of a whole tensor comes as (1,)."""
+    return scale if scale.ndim <= value.ndim and scale.shape == value.shape[:scale.ndim] else scale.reshape(())
+
+
+@functools.lru_cache(None)
+def _group(group):
+    metadata = json.loads((VECTORS / f"{group}.json").read_text("utf-8"))
+    return {entry["id"]: entry for entry in metadata["cases"]}, read_safetensors(VECTORS / metadata["file"])

@@ -1,0 +1,114 @@
+"""The vectors as files: made from cases.py and the definition, and checked against it.
+
+A group is GROUP.json (what the cases are: the same text on every machine) and GROUP.safetensors (the numbers). Inputs
+are the same bits on every machine, expected values too on one machine, and within 1e-12 of their scale elsewhere.
+"""
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from deltanet_ref.formats.safetensors import read_safetensors, write_safetensors
+from deltanet_ref.oracle.cases import CASES, GROUPS, make_inputs
+from deltanet_ref.oracle.expected import compute
+from deltanet_ref.oracle.flags import FLAGS
+from deltanet_ref.oracle.noise import FACTOR
+from deltanet_ref.oracle.operators import OPERATORS
+
+VERSION = 1                   # of the vectors: raised whenever an input or an expected value changes
+SOURCE = "float64, token by token: deltanet_ref/ops/gated_delta_rule/recurrent.py and the operators beside it"
+ELSEWHERE = 1e-12             # expected values on another machine, relative to their scale
+SUMS = "SHA256SUMS"
+
+
+def write_vectors(directory):
+    """Write every group, and SHA256SUMS (for `sha256sum -c`), into the directory."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    names = []
+    for group in GROUPS:
+        metadata, tensors = make_group(group)
+        write_safetensors(directory / f"{group}.safetensors", tensors, {"group": group, "version": str(VERSION)})
+        (directory / f"{group}.json").write_text(metadata, "utf-8")
+        names += [f"{group}.json", f"{group}.safetensors"]
+    sums = [f"{hashlib.sha256((directory / name).read_bytes()).hexdigest()}  {name}\n" for name in sorted(names)]
+    (directory / SUMS).write_text("".join(sums), "utf-8")
+
+
+def make_group(group):
+    """The metadata (JSON text) and the tensors of one group."""
+    cases, tensors = [], {}
+    for case in CASES.values():
+        if case.group == group:
+            entry, its_tensors = make_entry(case)
+            cases.append(entry)
+            tensors |= {f"{case.id}/{name}": array for name, array in its_tensors.items()}
+    flags = dict.fromkeys(flag for entry in cases for flag in entry["flags"])
+    metadata = {"$schema": "./schema.json", "version": VERSION, "group": group, "file": f"{group}.safetensors", "source": SOURCE,
+                "factor": FACTOR, "flags": {flag: FLAGS[flag]._asdict() for flag in flags}, "cases": cases}
+    return json.dumps(metadata, indent=1) + "\n", tensors
+
+
+def make_entry(case):
+    """One case's metadata and tensors; `NAME.scale` and `NAME.floor` (float32, bfloat16 or 0) go with each answer."""
+    x, right = make_inputs(case), compute(case)
+    op = OPERATORS[case.op]
+    facts, tensors, parameters = {}, {}, {}
+    digest = hashlib.sha256()
+    for name, value in x.items():
+        if not isinstance(value, np.ndarray):
+            parameters[name] = value
+            continue
+        tensors[name] = value
+        facts[name] = _facts("incoming" if name in op.incoming else "input", value)
+        digest.update(value.tobytes())
+    for name, value in right.values.items():
+        role = "output" if name in op.outputs else "gradient" if name in op.gradients else "intermediate"
+        tensors[name], tensors[f"{name}.scale"] = value, right.scales[name].astype(np.float32)
+        tensors[f"{name}.floor"] = np.array([right.floors[name].get(p, 0.0) for p in ("float32", "bfloat16")], np.float32)
+        facts[name] = _facts(role, value)
+    entry = {"id": case.id, "op": case.op, "sizes": case.sizes, "flags": list(case.flags), "seed": case.seed,
+             "options": case.options, "parameters": parameters, "inputs_sha256": digest.hexdigest(), "tensors": facts}
+    if right.sample is not None:
+        entry["sample"] = right.sample.tolist()
+    return entry, tensors
+
+
+def _facts(role, value):
+    return {"role": role, "dtype": str(value.dtype), "shape": list(value.shape)}
+
+
+def verify_vectors(directory):
+    """Everything that is wrong with the vectors in the directory, one line each: sums, metadata, inputs, answers."""
+    directory = Path(directory)
+    wrong = []
+    for line in (directory / SUMS).read_text("utf-8").splitlines():
+        digest, name = line.split()
+        if hashlib.sha256((directory / name).read_bytes()).hexdigest() != digest:
+            wrong.append(f"{name}: its sha256 is not that of {SUMS}")
+    for group in GROUPS:
+        metadata, tensors = make_group(group)
+        if (directory / f"{group}.json").read_text("utf-8") != metadata:
+            wrong.append(f"{group}.json: differs from what the table of cases gives")
+        stored = read_safetensors(directory / f"{group}.safetensors")
+        for name in tensors.keys() ^ stored.keys():
+            wrong.append(f"{group}.safetensors: {name} is {'missing' if name in tensors else 'not in the table of cases'}")
+        for name in tensors.keys() & stored.keys():
+            wrong += _difference(name, stored[name], tensors)
+    return wrong
+
+
+def _difference(name, stored, tensors):
+    made = np.atleast_1d(tensors[name])
+    if stored.shape != made.shape or stored.dtype != made.dtype:
+        return [f"{name}: is {stored.dtype} {stored.shape}, should be {made.dtype} {made.shape}"]
+    if f"{name}.scale" in tensors:
+        scale = np.atleast_1d(tensors[f"{name}.scale"])
+        off = np.abs(stored - made) / scale.reshape(scale.shape + (1,) * (made.ndim - scale.ndim))
+        return [f"{name}: off by {off.max():.1e} of its scale"] if off.max(initial=0.0) > ELSEWHERE else []
+    if name.endswith(".scale"):
+        return [] if np.allclose(stored, made, rtol=1e-6) else [f"{name}: differs"]
+    if name.endswith(".floor"):                                            # measured noise: another BLAS, another noise
+        return [] if (stored <= 8 * made).all() and (made <= 8 * stored).all() else [f"{name}: {stored} is not near {made}"]
+    return [] if np.array_equal(stored, made) else [f"{name}: an input differs"]

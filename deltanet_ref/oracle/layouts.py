@@ -1,0 +1,232 @@
+"""The other side's conventions for the gated delta rule, declared: how a case is put to it and its answers taken back.
+
+The kit's own are those of notation.py. A layout changes values (decay for log decay, transposed states, reordered
+heads) and names (the call, what it returns); what it cannot express is a reason to skip the case.
+"""
+import ast
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from deltanet_ref.errors import InputError
+from deltanet_ref.notation import value_to_key_head
+from deltanet_ref.ops.l2_norm import l2_norm_backward, l2_norm_forward
+from deltanet_ref.oracle.cases import make_inputs
+from deltanet_ref.oracle.expected import compute, expected
+from deltanet_ref.oracle.operators import OPERATORS, in_dtype
+
+# switch: value -> what it says about the other side. The first is the kit's own.
+SWITCHES = {
+    "gate": {"log": "g is the log decay, <= 0", "decay": "g is the decay exp(g) itself, and dg its gradient"},
+    "state": {"kv": "states are (N, H_v, d_k, d_v)", "vk": "states are (N, H_v, d_v, d_k)"},
+    "heads": {"grouped": "value head h reads key head h // (H_v / H_k)", "tiled": "value head h reads key head h % H_k",
+              "repeated": "q and k come with H_v heads, each key head repeated for its value heads"},
+    "order": {"token": "(B, L, H, ...)", "head": "(B, H, L, ...)"},
+    "scale": {"argument": "scale is an argument", "fixed": "the callee multiplies q by d_k ** -0.5 whatever is said",
+              "none": "the callee does not scale q"},
+    "l2norm": {"outside": "q and k come as they are to be used",
+               "inside": "the callee divides q and k by sqrt(sum x^2 + 1e-6), and dq, dk belong to what it was given"},
+}
+
+
+DELTA_OPS = ("gated_delta_rule", "gated_delta_rule_step")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One value for each switch, and the calls: arguments in order as Python text, VALUE or NAME=VALUE.
+
+    A value is the kit's name of an input (q, k, v, g, beta, S0, scale, cu_seqlens, do, dS_end) or a literal.
+    """
+    gate: str = "log"
+    state: str = "kv"
+    heads: str = "grouped"
+    order: str = "token"
+    scale: str = "argument"
+    l2norm: str = "outside"
+    call: str | None = None               # None: the operator's own, see Operator
+    returns: str | None = None            # names in the order in which the callable returns them, "_" for others
+    backward_call: str | None = None
+    gradients: str | None = None
+    packed: bool = True                   # takes cu_seqlens
+
+
+LAYOUTS = {
+    "own": Layout(),
+    "hf": Layout(scale="fixed", heads="repeated", packed=False,
+                 call="q, k, v, g=g, beta=beta, initial_state=S0, output_final_state=True",
+                 backward_call="q, k, v, g=g, beta=beta, initial_state=S0, do=do, dS_end=dS_end"),
+    "fla": Layout(call="q, k, v, g, beta, scale=scale, initial_state=S0, output_final_state=True",
+                  backward_call="q, k, v, g, beta, scale=scale, initial_state=S0, do=do, dS_end=dS_end"),
+}
+NAMES = {name: LAYOUTS[name] for name in ("hf", "fla")}
+
+
+def make_layout(name="own", **switches):
+    """A named layout with single switches changed; raises InputError for unknown names and values."""
+    if name not in LAYOUTS:
+        raise InputError(f"--layout {name} is unknown: use {' or '.join(NAMES)}, or single switches")
+    layout = replace(LAYOUTS[name], **{key: value for key, value in switches.items() if value is not None})
+    for switch, values in SWITCHES.items():
+        if getattr(layout, switch) not in values:
+            raise InputError(f"--{switch} {getattr(layout, switch)} is unknown: use {' or '.join(values)}")
+    for call in (layout.call, layout.backward_call):
+        if call is not None:
+            arguments(call)
+    return layout
+
+
+def cannot_express(layout, case, x):
+    """Why the case cannot be put in this layout, or None."""
+    if case.op != "gated_delta_rule":
+        return None if layout == Layout() else f"layouts are for the gated delta rule, not for {case.op}"
+    if "cu_seqlens" in x and not layout.packed:
+        return "this layout takes no packed sequences"
+    fixed = 1 / math.sqrt(case.sizes["d_k"])
+    if layout.scale == "fixed" and abs(x["scale"] - fixed) > 1e-12:
+        return f"its scale is {x['scale']:g}, and this layout fixes it to d_k ** -0.5"
+    return None
+
+
+def put(layout, case):
+    """The case in this layout: its inputs, name -> array or number, and what the kit expects of it."""
+    x = make_inputs(case)
+    if layout.l2norm == "outside" and layout.scale != "none":
+        right = expected(case)
+    else:
+        right = _expected_of(layout, case, x)
+    if case.op not in DELTA_OPS:
+        return x, right
+    y = dict(x)
+    order = _value_order(layout, case)
+    for name in ("v", "g", "beta", "do"):
+        y[name] = np.take(y[name], order, axis=_head_axis(case))
+    for name in ("S0", "dS_end"):
+        y[name] = np.take(y[name], order, axis=1)
+    if layout.heads == "repeated":
+        y["q"], y["k"] = (np.repeat(y[name], case.sizes["H_v"] // case.sizes["H_k"], axis=2) for name in ("q", "k"))
+    if layout.gate == "decay":
+        y["g"] = np.exp(y["g"])
+    if layout.state == "vk":
+        y |= {name: np.ascontiguousarray(y[name].swapaxes(-1, -2)) for name in ("S0", "dS_end")}
+    if layout.order == "head":
+        y |= {name: np.ascontiguousarray(y[name].swapaxes(1, 2)) for name in ("q", "k", "v", "g", "beta", "do")}
+    if layout.scale != "argument":
+        del y["scale"]
+    return y, right
+
+
+def take(layout, case, outputs):
+    """Answers in this layout, name -> array, in the kit's own; arrays of another shape are left for compare to refuse.
+
+    Intermediates are kept only where the layout leaves heads, states and values as they are.
+    """
+    if case.op not in DELTA_OPS:
+        return outputs
+    names = [*OPERATORS[case.op].outputs, *OPERATORS[case.op].gradients]
+    own = replace(layout, call=None, returns=None, backward_call=None, gradients=None, gate="log", packed=True)
+    y = dict(outputs) if own == Layout() else {name: outputs[name] for name in names if name in outputs}
+    if layout.order == "head":
+        _change(y, ("o", "dq", "dk", "dv", "dg", "dbeta"), lambda a: a.swapaxes(1, 2) if a.ndim > 2 else a)
+    if layout.state == "vk":
+        _change(y, ("S_end", "dS0"), lambda a: a.swapaxes(-1, -2) if a.ndim > 1 else a)
+    if layout.heads == "repeated":
+        _change(y, ("dq", "dk"), lambda a: _sum_repeated(a, case.sizes["H_k"], case.sizes["H_v"]))
+    back = np.argsort(_value_order(layout, case))
+    for name, axis in {"o": 0, "dv": 0, "dg": 0, "dbeta": 0, "S_end": 1, "dS0": 1}.items():
+        axis = axis or _head_axis(case)
+        _change(y, (name,), lambda a: np.take(a, back, axis) if a.shape[axis:axis + 1] == back.shape else a)
+    if layout.gate == "decay":
+        g = make_inputs(case)["g"]
+        _change(y, ("dg",), lambda a: a * np.exp(g, dtype=np.float64) if a.shape == g.shape else a)   # d/dg = exp(g) d/d exp(g)
+    return y
+
+
+def _head_axis(case):
+    return 2 if case.op == "gated_delta_rule" else 1
+
+
+def _value_order(layout, case):
+    """order[i] = the value head of the case that stands at place i of the layout."""
+    H_k, H_v = case.sizes["H_k"], case.sizes["H_v"]
+    wanted = "tiled" if layout.heads == "tiled" else "grouped"
+    if case.options.get("head_order", "grouped") == wanted:
+        return np.arange(H_v)
+    tiled_place = np.argsort(value_to_key_head(H_k, H_v, "tiled"), kind="stable")   # of each head in grouped order
+    return tiled_place if wanted == "grouped" else np.argsort(tiled_place)
+
+
+def _sum_repeated(a, H_k, H_v):
+    return a.reshape(*a.shape[:2], H_k, H_v // H_k, *a.shape[3:]).sum(3) if a.ndim == 4 and a.shape[2] == H_v else a
+
+
+def _change(y, names, function):
+    for name in names:
+        if name in y:
+            y[name] = function(y[name])
+
+
+def _expected_of(layout, case, x):
+    """What is expected when the callee normalises q and k itself, or does not scale q: computed now, noise and all."""
+    wide = in_dtype(x, np.float64)
+    if layout.scale == "none":
+        x, wide = x | {"scale": 1.0}, wide | {"scale": 1.0}
+    if layout.l2norm == "outside":
+        return compute(case, x)
+    (q, q_cache), (k, k_cache) = l2_norm_forward(wide["q"]), l2_norm_forward(wide["k"])
+    right = compute(case, wide | {"q": q, "k": k})
+    values, scale, floor = dict(right.values), dict(right.scales), dict(right.floors)
+    for name, cache in (("dq", q_cache), ("dk", k_cache)):
+        y, r = (a if right.sample is None else a[:, right.sample] for a in cache)
+        values[name] = l2_norm_backward(values[name], type(cache)(y, r))
+        scale[name] = scale[name] * r[..., 0] * 2                          # dx = r (dy - y (y . dy)), two terms like dy
+    return right._replace(values=values, scales=scale)
+
+
+def arguments(call):
+    """The call's text as [(keyword or None, name of an input or None, literal)]; raises InputError."""
+    try:
+        node = ast.parse(f"f({call})", mode="eval").body
+        pairs = [(None, arg) for arg in node.args] + [(keyword.arg, keyword.value) for keyword in node.keywords]
+        return [(keyword, value.id, None) if isinstance(value, ast.Name) and value.id not in ("True", "False", "None")
+                else (keyword, None, ast.literal_eval(value)) for keyword, value in pairs]
+    except (SyntaxError, ValueError, AttributeError) as error:
+        raise InputError(f"the call {call!r} is not a list of arguments such as 'q, k, v, beta, g, state=S0'") from error
+
+
+def call_with(call, inputs):
+    """Positional and keyword arguments of the call; raises InputError when it names an input that the case lacks."""
+    positional, keywords = [], {}
+    for keyword, name, literal in arguments(call):
+        if name is not None and name not in inputs:
+            raise InputError(f"the call {call!r} wants {name!r}; there are {', '.join(inputs)}")
+        value = literal if name is None else inputs[name]
+        if keyword is None:
+            positional.append(value)
+        else:
+            keywords[keyword] = value
+    return positional, keywords
+
+
+def forward_call(layout, op, inputs):
+    """The text of the forward call: the layout's, or the operator's own; cu_seqlens= is added for packed cases."""
+    return _call(layout.call, op, inputs, ())
+
+
+def backward_call(layout, op, inputs):
+    return _call(layout.backward_call, op, inputs, op.incoming)
+
+
+def _call(text, op, inputs, incoming):
+    if text is None:
+        options = [name for name in (*op.options, *incoming) if name in inputs and name != "cu_seqlens"]
+        text = ", ".join([*op.args, *(f"{name}={name}" for name in options)])
+    if "cu_seqlens" in inputs and "cu_seqlens" not in text:
+        text += ", cu_seqlens=cu_seqlens"
+    return text
+
+
+def returned(text, names):
+    """The names of a returned tuple, in order."""
+    return list(names) if text is None else [name.strip() for name in text.split(",")]

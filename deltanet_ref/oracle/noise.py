@@ -1,0 +1,175 @@
+"""How exact an answer can be: the scale of every row of an output, and the noise floor measured on it.
+
+An answer x is compared with the float64 value e as
+
+    error = max |x - e| / (scale * floor)          it passes when error <= FACTOR[precision]
+
+scale   one number for each row (each token and head; the whole of a tensor that has neither): how large the terms are
+        that were summed to make it. Rounding them is what nobody can avoid, so a row that came out small by
+        cancellation is not held to its own size.
+floor   one number for each output and precision: the largest |x - e| / scale that the definition and the chunked form
+        make themselves when they run in that precision.
+"""
+import numpy as np
+
+from deltanet_ref.notation import value_to_key_head
+from deltanet_ref.oracle.cases import CHUNK, Draw, bfloat16
+from deltanet_ref.oracle.chunk_by_chunk import chunk_by_chunk
+from deltanet_ref.oracle.operators import DELTA, OPERATORS, in_dtype
+
+FACTOR = {"float32": 16, "bfloat16": 8, "float64": 16}   # orders of summation, chunks, fused products differ by kernel
+PRECISIONS = {"float32": 2.0 ** -24, "bfloat16": 2.0 ** -9}   # unit roundoffs; no floor is below them
+SMALLEST_TERM = 2.0 ** -20    # a scale made of terms is at least this part of the tensor's largest
+SMALLEST_ROW = 2.0 ** -7      # the same for scales that are only a row's own largest entry
+UNDERFLOW = 1e-30             # below this float32 runs out of exponents
+
+
+def scales(case, x, y):
+    """The scale of each row of each output, gradient and intermediate: name -> float64 array of its leading axes.
+
+    x  the inputs, y the outputs, both float64
+    """
+    axes = OPERATORS[case.op].outputs | OPERATORS[case.op].gradients
+    terms = {}
+    if case.op == "gated_delta_rule":
+        terms = delta_rule_scales(x, y)
+    elif case.op == "gated_delta_rule_step":
+        row = {name: a[:, None] for name, a in (x | y).items() if name in axes or name in ("q", "k", "v", "g", "beta", "do")}
+        terms = delta_rule_scales(x | row, y | {name: row[name] for name in axes if "S" not in name})
+        terms = {name: s if "S" in name else s[:, 0] for name, s in terms.items()}
+    out = {}
+    for name, value in y.items():
+        if name in terms:
+            s, smallest = terms[name], SMALLEST_TERM
+        else:
+            letters = axes.get(name, "sthf" if value.ndim < 5 else "sthff")
+            s = np.abs(value).max(axis=tuple(axis for axis, letter in enumerate(letters[:value.ndim]) if letter == "f"))
+            smallest = SMALLEST_ROW
+        out[name] = np.maximum(s, max(smallest * np.max(s, initial=0.0), UNDERFLOW))
+    return out
+
+
+def delta_rule_scales(x, y):
+    """Terms of each output of the rule, from the largest entries M of the state and N of its gradient so far.
+
+    |x| is the length of a row. Per token and value head:
+        o      scale |q| M                       dq  scale |do| M
+        dv     |k| N                             dbeta  sqrt(d_v) |k| N (max |v| + |k| M)
+        dk     beta (|v| + sqrt(d_v) |k| M) N + |dv| M
+        dg     |dg| + sum_i |q_i dq_i| + sum_i |k_i dk_i|, because dg is small by cancellation under strong decay
+        dgc    the scale of dg here and at the next token
+        S_end  M at the end                      dS0  N at the start
+    M and N fall with the decay and rise with what is written; q and k of a key head sum over its value heads.
+    """
+    B, L, H_v, d_v = x["v"].shape
+    H_k = x["k"].shape[2]
+    heads = value_to_key_head(H_k, H_v, x.get("head_order", "grouped"))
+    cu = x.get("cu_seqlens", np.arange(B + 1) * L)
+    q, k, v, do = (a.reshape(B * L, *a.shape[2:]) for a in (x["q"][:, :, heads], x["k"][:, :, heads], x["v"], x["do"]))
+    g, beta = (a.reshape(B * L, H_v) for a in (x["g"], x["beta"]))
+    M, N = np.zeros((B * L, H_v)), np.zeros((B * L, H_v))
+    M_end, N_start = np.zeros((len(cu) - 1, H_v)), np.zeros((len(cu) - 1, H_v))
+
+    def largest(S):
+        return np.abs(S).max((-2, -1))
+
+    for n, (start, stop) in enumerate(zip(cu, cu[1:])):
+        S, m = x["S0"][n], largest(x["S0"][n])
+        for t in range(start, stop):
+            S = np.exp(g[t])[:, None, None] * S
+            u = beta[t][:, None] * (v[t] - np.einsum("hk,hkv->hv", k[t], S))
+            S = S + k[t][:, :, None] * u[:, None, :]
+            M[t] = m = np.maximum(np.exp(g[t]) * m, largest(S))
+        M_end[n] = m
+        dS, m = x["dS_end"][n], largest(x["dS_end"][n])
+        for t in reversed(range(start, stop)):
+            dS = dS + x["scale"] * q[t][:, :, None] * do[t][:, None, :]
+            N[t] = m = np.maximum(m, largest(dS))
+            dv = beta[t][:, None] * np.einsum("hk,hkv->hv", k[t], dS)
+            decay = np.exp(g[t])
+            dS, m = decay[:, None, None] * (dS - k[t][:, :, None] * dv[:, None, :]), decay * m
+        N_start[n] = np.maximum(m, largest(dS))
+
+    def length(a):
+        return np.sqrt((a * a).sum(-1))
+
+    def of_key_heads(a):
+        return np.stack([a[:, heads == h].sum(1) for h in range(H_k)], 1)
+
+    def shaped(a):
+        return a.reshape(B, L, -1)
+
+    K, dv, root = length(k), y["dv"].reshape(v.shape), np.sqrt(d_v)
+    dq_terms, dk_terms = (np.abs(x[name] * y[f"d{name}"]).sum(-1)[:, :, heads] for name in ("q", "k"))
+    dg = np.abs(y["dg"]) + dq_terms + dk_terms
+    return {"o": shaped(x["scale"] * length(q) * M), "S_end": M_end,
+            "dq": shaped(of_key_heads(x["scale"] * length(do) * M)),
+            "dk": shaped(of_key_heads(beta * (length(v) + root * K * M) * N + length(dv) * M)),
+            "dv": shaped(K * N), "dbeta": shaped(root * K * N * (np.abs(v).max(-1) + K * M)),
+            "dg": dg, "dgc": dg + np.roll(dg, -1, 1), "dS0": N_start}
+
+
+def relative_error(got, want, scale):
+    """|got - want| / scale, elementwise; scale has want's leading axes. 0 where they agree exactly, also at scale 0."""
+    difference = np.abs(np.asarray(got, np.float64) - want)
+    scale = scale.reshape(scale.shape + (1,) * (want.ndim - scale.ndim))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(difference == 0, 0.0, difference / scale)
+
+
+def floors(case, x, y, scale):
+    """The noise floor of each output: name -> {"float32": ..., "bfloat16": ...}; bfloat16 only where the case has it."""
+    out = {}
+    for precision, smallest in PRECISIONS.items():
+        if precision == "bfloat16" and not case.bf16:
+            continue
+        for attempt in ATTEMPTS[precision](case, x):
+            for name, want in y.items():
+                if name in attempt:
+                    error = float(np.max(relative_error(attempt[name], want, scale[name]), initial=0.0))
+                    out.setdefault(name, {}).setdefault(precision, smallest)
+                    out[name][precision] = max(out[name][precision], error)
+    return out
+
+
+def _float32_attempts(case, x):
+    """The definition in float32; for the delta rule also the chunked form, with chunks of 64 and 16."""
+    x = in_dtype(x, np.float32)
+    yield OPERATORS[case.op].reference(x)
+    if case.op == "gated_delta_rule":
+        yield _chunked(x, chunk=CHUNK)
+        outputs = OPERATORS[case.op].outputs | OPERATORS[case.op].gradients
+        yield {name: value for name, value in _chunked(x, chunk=16).items() if name in outputs}
+
+
+def _bfloat16_attempts(case, x):
+    """The delta rule: the chunked form with every operand of a product rounded. The others: every input off by up to
+    its own rounding error, three times. Answers are rounded to bfloat16, all but states and the gradient of g."""
+    x = in_dtype(x, np.float32)
+    if case.op == "gated_delta_rule":
+        attempts = [_chunked(x, chunk=CHUNK, operand=bfloat16)]
+    else:
+        attempts = [OPERATORS[case.op].reference(_blurred(x, Draw(case.seed + n))) for n in (1, 2, 3)]
+    for attempt in attempts:
+        yield {name: value if name in ("S_end", "dS0", "dg", "loss") else bfloat16(value) for name, value in attempt.items()}
+
+
+def _chunked(x, **options):
+    """chunk_by_chunk, packed sequences one after the other."""
+    if "cu_seqlens" not in x:
+        return chunk_by_chunk(x, **options)
+    parts = []
+    for n, (start, stop) in enumerate(zip(x["cu_seqlens"], x["cu_seqlens"][1:])):
+        part = {name: a[:, start:stop] for name, a in x.items() if name in ("q", "k", "v", "g", "beta", "do")}
+        parts.append(chunk_by_chunk(x | part | {name: x[name][n:n + 1] for name in ("S0", "dS_end")}, **options))
+    return {name: np.concatenate([part[name] for part in parts], 0 if name in ("S_end", "dS0") else 1)
+            for name in DELTA.outputs | DELTA.gradients}
+
+
+def _blurred(x, draw):
+    return {name: a * (1 + draw.uniform(a.shape, -1.0, 1.0) * 2.0 ** -9).astype(np.float32)
+            if isinstance(a, np.ndarray) and a.dtype.kind == "f" and name not in ("g", "S0", "dS_end") else a
+            for name, a in x.items()}
+
+
+ATTEMPTS = {"float32": _float32_attempts, "bfloat16": _bfloat16_attempts}

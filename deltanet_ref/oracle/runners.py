@@ -1,0 +1,427 @@
+"""The ways to put a case to an implementation: Python callables here, in a process of their own, a program, or files.
+
+Each runner has run(case, inputs, layout) -> Answer and provenance, which names what really answered.
+"""
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import pickle
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from deltanet_ref.errors import InputError
+from deltanet_ref.oracle.exchange import FORMATS, read_answers, write_case
+from deltanet_ref.oracle.layouts import backward_call, call_with, forward_call, returned
+from deltanet_ref.oracle.operators import OPERATORS
+
+WIDE = ("g", "S0", "dS_end", "A_log", "dt_bias", "dg", "S")               # stay float32 beside bfloat16 inputs
+START_SECONDS = 180           # an import may compile kernels
+
+
+class Answer(NamedTuple):
+    outputs: dict | None      # name -> NumPy array, in the implementation's layout
+    status: str = "ok"        # or ERROR, TIMEOUT, MISSING when there are no outputs
+    message: str = ""
+    device: str = ""          # where the answer was computed, as the arrays say
+
+
+# ------------------------------------------------------------------------------------------------- kinds of arrays
+
+class NumpyArrays:
+    """NumPy: float32 or float64; bfloat16 inputs come as float32 arrays of bfloat16 numbers."""
+
+    def __init__(self, device):
+        if device not in (None, "cpu"):
+            raise InputError(f"--device {device}: NumPy arrays have none; use --array torch, jax or cupy")
+
+    def array(self, x, dtype):
+        return np.array(x, np.float32 if dtype == "bfloat16" else dtype)
+
+    def numpy(self, x):
+        return np.asarray(x)
+
+    def device(self, x):
+        return f"numpy {np.__version__}"
+
+    def gradients(self, function, inputs, names, incoming):
+        raise InputError("--backward autograd needs a framework: add --array torch or --array jax")
+
+
+class CupyArrays(NumpyArrays):
+    """CuPy; bfloat16 as with NumPy."""
+
+    def __init__(self, device):
+        import cupy
+
+        self.cupy = cupy
+
+    def array(self, x, dtype):
+        return self.cupy.asarray(super().array(x, dtype))
+
+    def numpy(self, x):
+        return self.cupy.asnumpy(x)
+
+    def device(self, x):
+        return f"cupy {self.cupy.__version__} on {x.device}"
+
+
+class TorchArrays:
+    """PyTorch tensors, bfloat16 ones too, on --device."""
+
+    def __init__(self, device):
+        import torch
+
+        self.torch, self.where = torch, device or "cpu"
+
+    def array(self, x, dtype):
+        return self.torch.from_numpy(np.array(x)).to(self.where, getattr(self.torch, dtype))
+
+    def numpy(self, x):
+        if not isinstance(x, self.torch.Tensor):
+            return np.asarray(x)
+        x = x.detach()
+        return (x.float() if x.dtype in (self.torch.bfloat16, self.torch.float16) else x).cpu().numpy()
+
+    def device(self, x):
+        return f"torch {self.torch.__version__} on {getattr(x, 'device', 'cpu')}"
+
+    def gradients(self, function, inputs, names, incoming):
+        """Gradients of sum(output * its incoming gradient) at the named inputs; an input that is not used has zeros."""
+        inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in names}
+        with self.torch.enable_grad():
+            outputs = function(inputs)
+            loss = sum((outputs[name].to(d.dtype) * d).sum() for name, d in incoming.items()
+                       if getattr(outputs.get(name), "requires_grad", False))
+        if not isinstance(loss, self.torch.Tensor):
+            raise RuntimeError("autograd finds no way from the outputs to the inputs: were they detached?")
+        found = self.torch.autograd.grad(loss, [inputs[name] for name in names], allow_unused=True)
+        return {name: self.torch.zeros_like(inputs[name]) if d is None else d for name, d in zip(names, found)}
+
+
+class JaxArrays:
+    """JAX arrays on --device (cpu, gpu, tpu); float64 turns jax_enable_x64 on."""
+
+    def __init__(self, device):
+        import jax
+
+        self.jax, self.where = jax, jax.devices(device)[0] if device else None
+
+    def array(self, x, dtype):
+        if dtype == "float64":
+            self.jax.config.update("jax_enable_x64", True)
+        return self.jax.device_put(self.jax.numpy.asarray(x, dtype), self.where)
+
+    def numpy(self, x):
+        return np.asarray(x, np.float32) if getattr(x, "dtype", None) == self.jax.numpy.bfloat16 else np.asarray(x)
+
+    def device(self, x):
+        return f"jax {self.jax.__version__} on {', '.join(map(str, x.devices())) if hasattr(x, 'devices') else 'cpu'}"
+
+    def gradients(self, function, inputs, names, incoming):
+        def outputs_of(chosen):
+            outputs = function(inputs | chosen)
+            return {name: outputs[name] for name in incoming}
+
+        outputs, pull_back = self.jax.vjp(outputs_of, {name: inputs[name] for name in names})
+        found, = pull_back({name: d.astype(outputs[name].dtype) for name, d in incoming.items()})
+        return found
+
+
+ARRAYS = {"numpy": NumpyArrays, "torch": TorchArrays, "jax": JaxArrays, "cupy": CupyArrays}
+
+
+# ------------------------------------------------------------------------------------------------ Python callables
+
+class Callables:
+    """forward and backward called in this process. backward: a callable, "autograd", or None."""
+
+    def __init__(self, forward, backward=None, *, array="numpy", device=None, dtype="float32"):
+        self.forward, self.backward, self.dtype = forward, backward, dtype
+        self.arrays = ARRAYS[array](device)
+        self.provenance = ", ".join(source_of(f) for f in (forward, backward) if callable(f))
+
+    def run(self, case, inputs, layout):
+        op = OPERATORS[case.op]
+        try:
+            outputs, device = self._forward(op, inputs, layout)
+            if self.backward is not None:
+                outputs |= self._backward(op, inputs, layout)
+        except InputError:
+            raise
+        except Exception as error:                                         # whatever the callable raises is its verdict
+            return Answer(None, "ERROR", f"{type(error).__name__}: {error} ({_place(error)})")
+        try:
+            outputs = {name: self.arrays.numpy(value) for name, value in outputs.items() if value is not None}
+        except Exception as error:
+            return Answer(None, "ERROR", f"an answer is no array: {type(error).__name__}: {error}")
+        return Answer(outputs, device=device)
+
+    def _forward(self, op, inputs, layout):
+        given = self._arrays(inputs)
+        positional, keywords = call_with(forward_call(layout, op, given), given)
+        result = self.forward(*positional, **keywords)
+        outputs = named(result, returned(layout.returns, op.outputs))
+        first = next((value for value in outputs.values() if value is not None), None)
+        return outputs, self.arrays.device(first)
+
+    def _backward(self, op, inputs, layout):
+        if self.backward == "autograd":
+            given = self._arrays(inputs)
+
+            def function(x):
+                positional, keywords = call_with(forward_call(layout, op, x), x)
+                return named(self.forward(*positional, **keywords), returned(layout.returns, op.outputs))
+
+            incoming = {output: given[d] for output, d in zip(op.outputs, op.incoming)}
+            found = self.arrays.gradients(function, given, [name[1:] for name in op.gradients], incoming)
+            return {f"d{name}": d for name, d in found.items()}
+        given = self._arrays(inputs)
+        positional, keywords = call_with(backward_call(layout, op, given), given)
+        return named(self.backward(*positional, **keywords), returned(layout.gradients, op.gradients))
+
+    def _arrays(self, inputs):
+        """Fresh arrays for each call, so that a callee may overwrite its arguments. Integers stay integers."""
+        wide = "float32" if self.dtype == "bfloat16" else self.dtype
+        return {name: value if not isinstance(value, np.ndarray)
+                else self.arrays.array(value, wide if name in WIDE else self.dtype) if value.dtype.kind == "f"
+                else self.arrays.array(value, str(value.dtype)) for name, value in inputs.items()}
+
+
+def named(result, names):
+    """A returned tuple as name -> array; a dict after the last name holds intermediates. "_" is thrown away."""
+    values = list(result) if isinstance(result, (tuple, list)) else [result]
+    out = {name: value for name, value in zip(names, values) if name != "_"}
+    if len(values) > len(names) and isinstance(values[len(names)], dict):
+        out |= {name: value for name, value in values[len(names)].items() if name not in out}
+    return out
+
+
+def load_callable(spec):
+    """The function that "module:function" or "path/file.py:function" names, looked for in the working directory first.
+
+    Raises InputError with the reason when it cannot be imported.
+    """
+    module_name, _, function = spec.rpartition(":")
+    if not module_name or not function:
+        raise InputError(f"{spec!r} names no function: write module:function or path/to/file.py:function")
+    try:
+        if module_name.endswith(".py"):
+            path = Path(module_name).resolve()
+            module_spec = importlib.util.spec_from_file_location(path.stem, path)
+            module = importlib.util.module_from_spec(module_spec)
+            sys.path.insert(0, str(path.parent))
+            sys.modules[path.stem] = module
+            module_spec.loader.exec_module(module)
+        else:
+            if os.getcwd() not in sys.path:
+                sys.path.insert(0, os.getcwd())
+            module = importlib.import_module(module_name)
+        target = module
+        for part in function.split("."):
+            target = getattr(target, part)
+    except BaseException as error:                                         # SystemExit too: it is the module's, not ours
+        raise InputError(f"{spec} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(target):
+        raise InputError(f"{spec} is a {type(target).__name__}, not a function")
+    return target
+
+
+def source_of(function):
+    """"module.function (file:line)"."""
+    name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
+    try:
+        plain = inspect.unwrap(function)
+        return f"{name} ({inspect.getsourcefile(plain)}:{inspect.getsourcelines(plain)[1]})"
+    except (TypeError, OSError):
+        return name
+
+
+def _place(error):
+    """The file and line of the innermost frame of the error's traceback; where it is ours the call did not fit."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if frame.filename == __file__:
+        return "in the call: --layout or --call declares another one"
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+# -------------------------------------------------------------------------------------------- in a process of its own
+
+class Worker:
+    """Callables in a child process, which is ended and started anew when a case takes too long or kills it.
+
+    Raises InputError when a callable cannot be imported.
+    """
+
+    def __init__(self, forward, backward=None, *, array=None, device=None, dtype="float32", timeout=20.0):
+        self.setup = dict(forward=forward, backward=backward, array=array, device=device, dtype=dtype, path=sys.path)
+        self.timeout = timeout
+        self.process = None
+        self._start()
+
+    def _start(self):
+        self.process = subprocess.Popen([sys.executable, "-m", "deltanet_ref.oracle.worker"], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, start_new_session=os.name == "posix")
+        self.replies = queue.SimpleQueue()
+        threading.Thread(target=_read_replies, args=(self.process.stdout, self.replies), daemon=True).start()
+        reply = self._ask(self.setup, START_SECONDS)
+        if not isinstance(reply, dict):
+            self.close()
+            raise InputError(reply or f"{self.setup['forward']} cannot be imported: it did not finish in {START_SECONDS} s")
+        self.provenance, self.array = reply["provenance"], reply["array"]
+
+    def run(self, case, inputs, layout):
+        if self.process is None:
+            self._start()
+        reply = self._ask((case, inputs, layout), self.timeout)
+        if isinstance(reply, InputError):
+            raise reply
+        if isinstance(reply, Answer):
+            return reply
+        if reply is None:
+            answer = Answer(None, "TIMEOUT", f"no answer in {self.timeout:g} s")
+        else:
+            answer = Answer(None, "ERROR", f"the process died: {reply}")
+        self.close()
+        return answer
+
+    def _ask(self, question, seconds):
+        """The reply; None when there is none in time; a text when the process died."""
+        try:
+            pickle.dump(question, self.process.stdin)
+            self.process.stdin.flush()
+            reply = self.replies.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        except OSError:
+            reply = EOFError
+        return _how_it_ended(self.process) if reply is EOFError else reply
+
+    def close(self):
+        if self.process is not None:
+            _end(self.process)
+            self.process.stdin.close()
+            self.process = None
+
+
+def _read_replies(stream, replies):
+    try:
+        while True:
+            replies.put(pickle.load(stream))
+    except (EOFError, pickle.UnpicklingError, OSError, ValueError):
+        replies.put(EOFError)
+
+
+def _end(process):
+    """Kill the process and what it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def _how_it_ended(process):
+    status = process.wait()
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    return f"exit status {status}"
+
+
+# ---------------------------------------------------------------------------------------------- programs and files
+
+class Program:
+    """A command with {in} and {out}, run once for each case; both are files of one format."""
+
+    def __init__(self, command, *, format="safetensors", timeout=20.0, dtype="float32"):
+        self.words = shlex.split(command)
+        if not any("{in}" in word for word in self.words) or not any("{out}" in word for word in self.words):
+            raise InputError(f"the command {command!r} must contain {{in}} and {{out}}, the files to read and to write")
+        self.format, self.timeout, self.dtype = format, timeout, dtype
+        self.directory = tempfile.TemporaryDirectory(prefix="deltanet-ref-")
+        self.provenance = _program_facts(self.words[0])
+
+    def run(self, case, inputs, layout):
+        source, target = (Path(self.directory.name) / f"{name}.{self.format}" for name in ("in", "out"))
+        write_case(source, _in_dtype(inputs, self.dtype))
+        target.unlink(missing_ok=True)
+        words = [word.replace("{in}", str(source)).replace("{out}", str(target)) for word in self.words]
+        try:
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                       start_new_session=os.name == "posix")
+        except OSError as error:
+            raise InputError(f"the program {words[0]} cannot be run: {error.strerror}") from error
+        try:
+            said, _ = process.communicate(timeout=self.timeout)
+        except subprocess.TimeoutExpired:
+            return Answer(None, "TIMEOUT", f"no answer in {self.timeout:g} s")
+        finally:
+            _end(process)
+        if process.returncode:
+            lines = said.decode("utf-8", "replace").strip().splitlines()
+            return Answer(None, "ERROR", f"the program ended with {_how_it_ended(process)}" + (f": {lines[-1]}" if lines else ""))
+        if not target.exists():
+            return Answer(None, "ERROR", "the program wrote no answer: {out} is not there")
+        return _answer_from(target, case, layout)
+
+    def close(self):
+        self.directory.cleanup()
+
+
+class Results:
+    """Answers computed elsewhere: DIRECTORY/CASE-ID.safetensors, .npz or .gguf, such as results/delta/plain.npz."""
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise InputError(f"{directory}: is no directory; it must hold a file for each case, such as "
+                             f"{Path(directory) / 'delta' / 'plain.safetensors'}")
+        self.provenance = f"files in {self.directory}"
+
+    def run(self, case, inputs, layout):
+        for suffix in FORMATS:
+            path = self.directory / f"{case.id}.{suffix}"
+            if path.exists():
+                return _answer_from(path, case, layout)
+        return Answer(None, "MISSING", f"there is no {self.directory / case.id}.safetensors (or .npz, .gguf)")
+
+    def close(self):
+        pass
+
+
+def _answer_from(path, case, layout):
+    try:
+        arrays = {name: np.array(value) for name, value in read_answers(path).items()}
+    except Exception as error:                                             # a damaged file is this case's verdict
+        return Answer(None, "ERROR", f"the answer cannot be read: {error}")
+    if path.suffix == ".gguf":                                             # ggml drops leading axes of 1
+        axes = OPERATORS[case.op].outputs | OPERATORS[case.op].gradients
+        arrays = {name: a.reshape((1,) * (len(axes[name]) - a.ndim) + a.shape) if name in axes else a
+                  for name, a in arrays.items()}
+    return Answer(arrays)
+
+
+def _in_dtype(inputs, dtype):
+    wide = "float32" if dtype == "bfloat16" else dtype
+    return {name: value.astype(wide) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
+            for name, value in inputs.items()}
+
+
+def _program_facts(name):
+    from shutil import which
+
+    path = which(name)
+    if path is None:
+        raise InputError(f"the program {name} cannot be found: give its path, such as ./{name}")
+    return f"{Path(path).resolve()} (sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]})"
