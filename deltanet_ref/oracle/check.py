@@ -27,7 +27,7 @@ class FlagVerdict(NamedTuple):
 
 @dataclass
 class Report:
-    cases: list               # of CaseResult, in the order of the table
+    cases: list = field(repr=False)   # of CaseResult, in the order of the table
     dtype: str
     gradients: bool           # whether they were judged
     provenance: str           # what answered, and on which device

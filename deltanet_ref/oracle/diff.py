@@ -203,7 +203,7 @@ def drift(narrow, wide, tokens):
 
 
 def _outputs(model, pieces):
-    """What each block and the last norm give when pieces are read in turn, dict name -> (L, D); the state at the end."""
+    """What each block and the last norm give when pieces are read in turn: dict name -> (L, D); and the last state."""
     found, state = {}, None
 
     def record(name, array):

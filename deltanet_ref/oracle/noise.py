@@ -133,13 +133,15 @@ def floors(case, x, y, scale):
 
 
 def _float32_attempts(case, x):
-    """The definition in float32; for the delta rule also the chunked form, with chunks of 64 and 16."""
+    """The definition in float32; for the delta rule also the chunked form, with chunks of several lengths: where the
+    borders fall decides how large the sums of strong decays grow."""
     x = in_dtype(x, np.float32)
     yield OPERATORS[case.op].reference(x)
     if case.op == "gated_delta_rule":
         yield _chunked(x, chunk=CHUNK)
         outputs = OPERATORS[case.op].outputs | OPERATORS[case.op].gradients
-        yield {name: value for name, value in _chunked(x, chunk=16).items() if name in outputs}
+        for chunk in (16, 48, 128):
+            yield {name: value for name, value in _chunked(x, chunk=chunk).items() if name in outputs}
 
 
 def _bfloat16_attempts(case, x):

@@ -6,7 +6,9 @@ more tasks than a slow one, and starts in the same 5 to 20 us. A task never shar
 depend on who computes what.
 """
 import math
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from numba import carray, config, njit, types
@@ -19,6 +21,9 @@ FAST = {"contract", "reassoc", "nsz", "arcp"}      # sums in any order; no assum
 FLOATS = {"f": types.float32, "d": types.float64}
 BLOCK = 1 << 14                                    # elements that one task of an element-wise kernel works on
 SHARES = 8                                         # a thread takes this part of what would be its tasks at a time
+
+# Numba compiles again when the file of a kernel has changed. The functions that kernels share are in these files:
+SHARED_SOURCE = "_%08x" % zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("kernel.py", "blas.py")))
 
 helpers = ThreadPoolExecutor(thread_name_prefix="kernel", max_workers=256)         # threads are started as needed
 number_of_threads = config.NUMBA_NUM_THREADS       # the environment's NUMBA_NUM_THREADS, or one for each core
@@ -48,11 +53,12 @@ def kernel(signature):
     number, i1 an array of them.
     To the compiler arrays have any strides, so that a view does not mean another compilation. Their last axis is contiguous
     all the same (an array that is read is copied where it is not), which `row` makes known.
-    Compiled kernels stay in __pycache__. Numba does not notice when a function of another file that they use was changed.
+    Compiled kernels stay in __pycache__.
     """
     words = signature.split()
 
     def decorate(function):
+        function.__qualname__ += SHARED_SOURCE
         compiled = {}
 
         def call(tasks, *args):
