@@ -21,8 +21,6 @@ COMMANDS = {
     "pretrain": ("deltanet_ref.train.pretrain", "train a small model from scratch, all parameters"),
     "trace": ("deltanet_ref.cli.trace", "every named tensor of a forward and its backward, in a file"),
     "diff": ("deltanet_ref.cli.diff", "where two traces part first, and why; drift of a model from itself"),
-    "check": ("deltanet_ref.cli.check", "judge another implementation of the gated delta rule"),
-    "vectors": ("deltanet_ref.cli.vectors", "the conformance cases as files"),
     "demo": ("deltanet_ref.demo.demo", "adapt the embedded model, show before and after"),
 }
 
