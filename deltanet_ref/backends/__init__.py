@@ -1,13 +1,15 @@
 """The same operators, faster. A backend is a module with the names of deltanet_ref.ops; an explicit choice is obeyed or
 refused, never replaced in silence."""
-from deltanet_ref import ops
+from importlib import import_module
+
 from deltanet_ref.errors import InputError
 
-BACKENDS = {"numpy": ops}
+BACKENDS = {"numpy": "deltanet_ref.ops", "numba": "deltanet_ref.backends.numba_cpu"}       # imported when asked for
 
 
 def get_backend(name):
-    """The operators of a backend: "numpy" (deltanet_ref.ops itself), or "auto" for the fastest one there is.
+    """The operators of a backend: "numpy" (deltanet_ref.ops itself), "numba" (kernels for the CPU, compiled when first
+    used), or "auto" for the fastest one there is.
 
     Raises InputError for a backend that this version does not have.
     """
@@ -15,4 +17,4 @@ def get_backend(name):
         name = "numpy"
     if name not in BACKENDS:
         raise InputError(f"backend {name!r} is not in this version; use one of {', '.join(BACKENDS)} or auto")
-    return BACKENDS[name]
+    return import_module(BACKENDS[name])

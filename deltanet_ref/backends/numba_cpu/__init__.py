@@ -1,7 +1,7 @@
-"""The operators on the CPU in kernels on several threads, under the names of deltanet_ref.ops; matrix products are NumPy's.
+"""The operators on the CPU, in kernels on several threads, under the names of deltanet_ref.ops.
 
-Each kernel says with float32 or float64 what its namesake in ops says, to rounding; other dtypes are refused. At one number
-of threads the bits are the same from run to run.
+Each kernel says with float32 or float64 what its namesake in ops says, to rounding; other dtypes are refused. At one
+number of threads the bits are the same from run to run. Linear maps stay with NumPy's BLAS.
 """
 from deltanet_ref.backends.numba_cpu.causal_conv1d import causal_conv1d_backward, causal_conv1d_forward
 from deltanet_ref.backends.numba_cpu.cross_entropy import cross_entropy_backward, cross_entropy_forward

@@ -1,8 +1,8 @@
 """Matrix products inside kernels, on strided parts of arrays, by the BLAS that SciPy brings.
 
-Why SciPy's: inside a kernel the heads are the threads, so the BLAS must run on one. NumPy's wheel has a library of its own,
-which multiplies the large matrices between the kernels and keeps its threads. (Where the two packages share one library, it
-keeps its threads too: right, but slower than it could be.)
+Why SciPy's: inside a kernel the heads are the threads, so the BLAS must run on one. NumPy's wheel has a library of its
+own, which multiplies the large matrices between the kernels and keeps its threads. (Where the two packages share one
+library, kernels call it with all its threads: right, but slower than it could be.)
 """
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def gemm(alpha, A, B, beta, C):
 
 @inlined
 def solve(A, X):
-    """X <- (I + A)^-1 X for strictly lower A (c, c), whose other entries are not read; X (c, d) with contiguous rows."""
+    """X <- (I + A)^-1 X for strictly lower A (c, c), no other entry of which is read; X (c, d) with contiguous rows."""
     _trsm(RIGHT, UPPER, PLAIN, UNIT, X.shape[1], len(A), A.dtype.type(1), A, _layout(A)[1], X, _layout(X)[1])
 
 
@@ -60,8 +60,8 @@ def _layout(A):
 
 
 def _routine(name):
-    """A BLAS routine as a function for kernels: every argument goes by address, whole numbers as 32 bits (a letter is its
-    first byte), of an array the address of its first element. The first array decides between s and d."""
+    """A BLAS routine as a function for kernels: every argument goes by address, whole numbers as 32 bits (a letter is
+    its first byte), of an array the address of its first element. The first array decides between s and d."""
     def codegen(context, builder, signature, args):
         dtype = next(t.dtype for t in signature.args if isinstance(t, types.Array))
         addresses = []
@@ -74,8 +74,8 @@ def _routine(name):
                 address = cgutils.alloca_once_value(builder, value)
             addresses.append(builder.bitcast(address, cgutils.voidptr_t))
         prefix = {types.float32: "s", types.float64: "d"}[dtype]
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t] * len(args)), f"deltanet_ref_{prefix}{name}")
+        function_type = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t] * len(args))
+        function = cgutils.get_or_insert_function(builder.module, function_type, f"deltanet_ref_{prefix}{name}")
         builder.call(function, addresses)
         return context.get_dummy_value()
     return codegen

@@ -1,7 +1,7 @@
-"""Causal convolution and SiLU in one pass: one task for TILE channels, which walks all tokens of all sequences in order.
+"""Causal convolution and SiLU in one pass: a task is TILE channels through all tokens of all sequences.
 
-Mathematics: docs/derivations/causal-conv.md. The convolution is computed again in backward instead of being kept. A task
-owns its channels, so weight gradients need no sum over tasks.
+Mathematics: docs/derivations/causal-conv.md. The convolution is computed again in backward instead of being kept. A
+task owns its channels, so weight gradients need no sum over tasks.
 """
 from typing import NamedTuple
 
@@ -41,7 +41,8 @@ def causal_conv1d_backward(dy, dstate_end, cache, need_dw=True):
     same_float(dy, x, dstate_end)
     dx, dtaps, dstate = np.zeros(x.shape, x.dtype), np.zeros(w.shape[::-1], x.dtype), np.zeros(state.shape, x.dtype)
     dstate_end = np.zeros(state.shape, x.dtype) if dstate_end is None else dstate_end
-    _backward(_tiles(x), _tokens(dy), dstate_end, _tokens(x), _taps(w), state, boundaries, need_dw, _tokens(dx), dtaps, dstate)
+    _backward(_tiles(x), _tokens(dy), dstate_end, _tokens(x), _taps(w), state, boundaries, need_dw, _tokens(dx), dtaps,
+              dstate)
     return dx, np.ascontiguousarray(dtaps.T) if need_dw else None, dstate
 
 
@@ -78,7 +79,7 @@ def _forward(first, last, x, taps, state, cu_seqlens, y, state_end):
 
 @kernel("r3 r3 r3 r2 r3 i1 i w3 w2 w3")
 def _backward(first, last, dy, dstate_end, x, taps, state, cu_seqlens, need_dw, dx, dtaps, dstate):
-    """dx, dtaps and dstate, at first zero, receive what each token of the convolution gives to the inputs that it saw."""
+    """dx, dtaps and dstate, at first zero, receive what each token of the convolution gives to the inputs it saw."""
     K = len(taps)
     one, buffer = x.dtype.type(1), np.empty(TILE, x.dtype)
     for tile in range(first, last):

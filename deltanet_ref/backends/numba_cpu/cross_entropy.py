@@ -15,7 +15,7 @@ def cross_entropy_forward(logits, labels, *, ignore_index=-100, count=None):
     n, V = logits.shape
     kept = labels != ignore_index
     if labels.shape != (n,) or (kept & ((labels < 0) | (labels >= V))).any() or count is not None and count < 1:
-        return ops.cross_entropy_forward(logits, labels, ignore_index=ignore_index, count=count)   # refuses with the remedy
+        return ops.cross_entropy_forward(logits, labels, ignore_index=ignore_index, count=count)   # raises the remedy
     peak, total = np.empty((n, 1), logits.dtype), np.empty((n, 1), logits.dtype)
     _totals(n, logits, peak, total)
     rows = np.flatnonzero(kept)

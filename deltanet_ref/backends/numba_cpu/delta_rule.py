@@ -1,8 +1,9 @@
-"""The gated delta rule on the CPU: one task for each sequence and key head, which walks the chunks with the state in hand.
+"""The gated delta rule on the CPU: a task is a sequence and a key head; it walks the chunks with the state in hand.
 
-Mathematics: docs/derivations/chunked-wy.md, section "Without U and W". The triangular system is solved for the right-hand
-side that is there, so T, U and W are never formed; P, A and all decays are computed again in backward. Products are taken
-from q, k, v, do where they lie and accumulate where the result belongs. Value heads of one key head share Q K^T and K K^T.
+Mathematics: docs/derivations/chunked-wy.md, section "Without U and W". The triangular system is solved for the
+right-hand side that is there, so T, U and W are never formed; P, A and all decays are computed again in backward.
+Products are taken from q, k, v, do where they lie, and accumulate where the result belongs. The value heads of a key
+head share Q K^T and K K^T.
 """
 import math
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deltanet_ref.backends.numba_cpu.blas import gemm, solve, solve_transposed
-from deltanet_ref.backends.numba_cpu.kernel import exp, heads, inlined, kernel, row, same_float
+from deltanet_ref.backends.numba_cpu.kernel import exp, inlined, kernel, row, same_float
 from deltanet_ref.ops.gated_delta_rule.arguments import Arguments, arguments, incoming_gradients
 
 
@@ -27,12 +28,11 @@ def gated_delta_rule_forward(q, k, v, *, g, beta, S0=None, scale=None, head_orde
     """o, S_end, cache: arguments, returns and errors as ops.gated_delta_rule.chunk_forward; float32 or float64."""
     same_float(q, k, v, g, beta, S0)
     args = arguments(q, k, v, g=g, beta=beta, S0=S0, scale=scale, head_order=head_order, cu_seqlens=cu_seqlens)
-    args = args._replace(q=heads(args.q), k=heads(args.k), v=heads(args.v))
     chunks = first_chunks(args.cu_seqlens, chunk_size)
     o, V_new, S_end = np.empty(args.v.shape, args.v.dtype), np.empty(args.v.shape, args.v.dtype), args.S0.copy()
     S = np.empty((chunks[-1], *args.S0.shape[1:]), args.v.dtype)
-    _forward(_tasks(args), args.q, args.k, args.v, args.g, args.beta, args.scale, args.cu_seqlens, chunks, args.key_head,
-             chunk_size, o, V_new, S, S_end)
+    _forward(_tasks(args), args.q, args.k, args.v, args.g, args.beta, args.scale, args.cu_seqlens, chunks,
+             args.key_head, chunk_size, o, V_new, S, S_end)
     return o.reshape(*args.batch, *o.shape[1:]), S_end, DeltaRuleCache(args, chunk_size, V_new, S)
 
 
@@ -42,7 +42,7 @@ def gated_delta_rule_backward(do, dS_end, cache):
     do, dS_end = incoming_gradients(do, dS_end, args)
     dq, dk, dv, dg, dbeta = (np.empty(x.shape, x.dtype) for x in (args.q, args.k, args.v, args.g, args.beta))
     dS0 = dS_end.copy()
-    _backward(_tasks(args), heads(do), args.q, args.k, args.v, args.g, args.beta, args.scale,
+    _backward(_tasks(args), do, args.q, args.k, args.v, args.g, args.beta, args.scale,
               args.cu_seqlens, first_chunks(args.cu_seqlens, chunk_size), args.key_head, chunk_size, V_new, S,
               dq, dk, dv, dg, dbeta, dS0)
     return *(x.reshape(*args.batch, *x.shape[1:]) for x in (dq, dk, dv, dg, dbeta)), dS0
@@ -54,12 +54,12 @@ def gated_delta_rule_step(q, k, v, *, g, beta, S, scale=None, head_order="groupe
     args = arguments(q[:, None], k[:, None], v[:, None], g=g[:, None], beta=beta[:, None], S0=S, scale=scale,
                      head_order=head_order, cu_seqlens=None)
     o, S_new = np.empty(args.v.shape, args.v.dtype), np.empty(args.S0.shape, args.S0.dtype)
-    _step(g.size, heads(args.q), heads(args.k), heads(args.v), args.g, args.beta, args.scale, args.key_head, args.S0, o, S_new)
+    _step(args.g.size, args.q, args.k, args.v, args.g, args.beta, args.scale, args.key_head, args.S0, o, S_new)
     return o, S_new
 
 
 def _tasks(args):
-    """Sequences times key heads; neighbouring tasks are different sequences, whose lengths differ more than heads do."""
+    """Sequences times key heads; tasks side by side are different sequences, since lengths differ and heads do not."""
     return (len(args.cu_seqlens) - 1) * args.k.shape[1]
 
 
@@ -168,7 +168,8 @@ def _backward(first, last, do, q, k, v, g, beta, scale, cu_seqlens, chunks, key_
                         direct += X_i[m] * v_i[m]
                     # scale exp(gc) Q, -beta exp(gc) K and the gradients through them
                     Q_i, K_i, dQ_i, dK_i = row(Q, i), row(K, i), row(dQ, i), row(dK, i)
-                    dO_S_i, X_S_i, Q_decayed_i, K_decayed_i = row(dO_S, i), row(X_S, i), row(Q_decayed, i), row(K_decayed, i)
+                    dO_S_i, X_S_i = row(dO_S, i), row(X_S, i)
+                    Q_decayed_i, K_decayed_i = row(Q_decayed, i), row(K_decayed, i)
                     into_q, into_k, through_S, through_o = decay[i], -b * decay[i], zero, zero
                     for m in range(d_k):
                         through_o += dO_S_i[m] * Q_i[m]
@@ -232,7 +233,7 @@ def _decays(g, start, c, h, gc, decay, tail):
 
 @inlined
 def _triangles(QK, KK, beta, start, c, h, gc, P, A, Gamma):
-    """Gamma, P = Q K^T * Gamma and, strictly below the diagonal, A = beta K K^T * Gamma; P is zero above it [wy.2..3]."""
+    """Gamma, P = Q K^T * Gamma and, below the diagonal, A = beta K K^T * Gamma; P is zero above it [wy.2..3]."""
     for i in range(c):
         b, QK_i, KK_i = beta[start + i, h], row(QK, i), row(KK, i)
         P_i, A_i, Gamma_i = row(P, i), row(A, i), row(Gamma, i)
@@ -250,8 +251,8 @@ def _pairs(P, KK, Gamma, beta, start, c, h, scale, dP, dA, below, dbeta, dg):
     through A; dg_t = the sum over i >= t > j of dA_ij A_ij + dP_ij P_ij [chunk.12]."""
     below[:c] = 0                                                          # for each j: the pairs in the rows from i on
     for i in range(c - 1, -1, -1):
-        b, P_i, KK_i, Gamma_i, dP_i, dA_i = beta[start + i, h], row(P, i), row(KK, i), row(Gamma, i), row(dP, i), row(dA, i)
-        through_A, crossing = P.dtype.type(0), P.dtype.type(0)
+        P_i, KK_i, Gamma_i, dP_i, dA_i = row(P, i), row(KK, i), row(Gamma, i), row(dP, i), row(dA, i)
+        b, through_A, crossing = beta[start + i, h], P.dtype.type(0), P.dtype.type(0)
         for j in range(i):
             dA_Gamma = dA_i[j] * Gamma_i[j]
             through_A += dA_Gamma * KK_i[j]

@@ -37,8 +37,8 @@ def decay_gate_backward(dg, dbeta, cache, need_dw=True):
     same_float(dg, dbeta, a)
     da, db = np.empty(a.shape, a.dtype), np.empty(a.shape, a.dtype)
     dA_log, ddt_bias = np.empty((2, blocks_of(a), a.shape[-1]), a.dtype)
-    _decay_gate_backward(blocks_of(a), heads(dg), heads(dbeta), heads(a), A_log, dt_bias, heads(beta), heads(da), heads(db),
-                         dA_log, ddt_bias)
+    _decay_gate_backward(blocks_of(a), heads(dg), heads(dbeta), heads(a), A_log, dt_bias, heads(beta), heads(da),
+                         heads(db), dA_log, ddt_bias)
     return (da, db, dA_log.sum(0), ddt_bias.sum(0)) if need_dw else (da, db, None, None)
 
 
@@ -123,7 +123,8 @@ def _swiglu_backward(first, last, dy, gate, up, dgate, dup):
     one = gate.dtype.type(1)
     for i in rows_of(gate, first, last):
         t, h = i // gate.shape[1], i % gate.shape[1]
-        dy_i, gate_i, up_i, dgate_i, dup_i = row(dy, t, h), row(gate, t, h), row(up, t, h), row(dgate, t, h), row(dup, t, h)
+        dy_i, gate_i, up_i = row(dy, t, h), row(gate, t, h), row(up, t, h)
+        dgate_i, dup_i = row(dgate, t, h), row(dup, t, h)
         for m in range(len(dy_i)):
             s = sigmoid(gate_i[m])
             silu = gate_i[m] * s

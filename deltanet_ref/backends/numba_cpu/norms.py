@@ -63,7 +63,8 @@ def gated_rms_norm_backward(dy, cache, need_dw=True):
     x, z, r, w = cache
     same_float(dy, x)
     dx, dz, dw = np.empty(x.shape, x.dtype), np.empty(x.shape, x.dtype), _partial_dw(x, need_dw)
-    _gated_rms_norm_backward(blocks_of(x), heads(dy), heads(x), heads(z), heads(r), w, need_dw, heads(dx), heads(dz), dw)
+    _gated_rms_norm_backward(blocks_of(x), heads(dy), heads(x), heads(z), heads(r), w, need_dw, heads(dx), heads(dz),
+                             dw)
     return dx, dz, dw.sum(0) if need_dw else None
 
 

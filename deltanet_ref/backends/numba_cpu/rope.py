@@ -26,9 +26,11 @@ def _rope(first, last, x, cos, sin, y):
     for i in rows_of(x, first, last):
         t, h = i // x.shape[1], i % x.shape[1]
         x_i, y_i, cos_t, sin_t = row(x, t, h), row(y, t, h), row(cos, t % L), row(sin, t % L)
+        a, b, rest = x_i[:half], x_i[half:2 * half], x_i[2 * half:]
+        new_a, new_b, new_rest = y_i[:half], y_i[half:2 * half], y_i[2 * half:]
+        for j in range(half):                      # a loop for each half: with more arrays at once it is not vectorised
+            new_a[j] = a[j] * cos_t[j] - b[j] * sin_t[j]
         for j in range(half):
-            a, b = x_i[j], x_i[half + j]
-            y_i[j] = a * cos_t[j] - b * sin_t[j]
-            y_i[half + j] = b * cos_t[j] + a * sin_t[j]
-        for j in range(2 * half, len(x_i)):
-            y_i[j] = x_i[j]
+            new_b[j] = b[j] * cos_t[j] + a[j] * sin_t[j]
+        for j in range(len(rest)):
+            new_rest[j] = rest[j]

@@ -1,8 +1,8 @@
 """Causal grouped-query attention in tiles of scores, with an online softmax; nothing of size L x M is kept.
 
-Mathematics: docs/derivations/attention.md; the running maximum: Milakov and Gimelshein 2018, "Online normalizer calculation
-for softmax". A tile holds the scores of KEYS keys with all query heads of one key head at some tokens, the keys as rows: the
-maximum and the sum over keys then go element-wise along a row.
+Mathematics: docs/derivations/attention.md; the running maximum: Milakov and Gimelshein 2018, "Online normalizer
+calculation for softmax". A tile holds the scores of KEYS keys with all query heads of one key head at some tokens, the
+keys as rows: the maximum and the sum over keys then go element-wise along a row.
 """
 import numpy as np
 
@@ -26,7 +26,7 @@ def softmax_attention_forward(q, k, v, *, scale=None, cu_seqlens=None):
     peak, total = np.empty((B, L, H), q.dtype), np.empty((B, L, H), q.dtype)
     query_bounds, key_bounds = _boundaries(q, k, cu_seqlens)
     tokens = _tokens_of_a_tile(q, k)
-    tiles = np.concatenate([[0], np.cumsum(-(-np.diff(query_bounds) // tokens))])          # before each sequence, and all
+    tiles = np.concatenate([[0], np.cumsum(-(-np.diff(query_bounds) // tokens))])      # before each sequence, and all
     _forward(tiles[-1] * k.shape[2], heads(q), heads(k), heads(v), scale, query_bounds, key_bounds, tokens, tiles,
              heads(o), peak.reshape(B * L, H), total.reshape(B * L, H))
     return o, SoftmaxAttentionCache(q, k, v, o, peak, total, scale, cu_seqlens)
@@ -87,7 +87,7 @@ def _forward_tile(q, k, v, scale, h, o, peak, total):
             s_j = row(s, j)
             for i in range(R):
                 top[i] = s_j[i] if s_j[i] > top[i] else top[i]
-        for i in range(R):                                                 #    what was summed before has it as its scale
+        for i in range(R):                                                 #    the sums so far were scaled by another
             before[i] = exp(before[i] - top[i])
             sums[i] *= before[i]
         for j in range(m):                                                 # 3  e_ji = exp(s_ji - top_i)
