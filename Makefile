@@ -1,4 +1,4 @@
-# make demo        set up, then adapt the embedded model to a dialect (a minute and a half)
+# make demo        set up, then adapt the embedded model to a dialect (half a minute on two cores)
 # make test        set up, then all tests but those against other software (no torch)
 # make vectors     set up, then make the conformance vectors anew from the definition, and check them
 # make test-peers  set up an environment with torch, HF, PEFT and llama.cpp, then compare live

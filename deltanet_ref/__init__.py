@@ -26,10 +26,10 @@ __version__ = "0.1.0"
 def load_model(path, backend="auto", dtype="float32"):
     """Open a model: a .gguf file, or an HF directory (config.json and safetensors).
 
-    backend  "numpy", or "auto" for the fastest this version has
+    backend  "numpy", "numba", or "auto", which is numpy in this version
     dtype    "float32" or "float64", of all computation; a GGUF's tensors stay as stored until they are used
     returns  Qwen35 (model.config, model.logits, model.loss_and_grads, ...); model.notes tells what was left out
-    raises   InputError that lists everything wrong with the file; FileNotFoundError
+    raises   InputError that lists everything wrong with the file
     """
     ops = get_backend(backend)
     path = Path(path)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltanet_ref.backends import get_backend
 from deltanet_ref.errors import InputError
 from deltanet_ref.notation import value_to_key_head
 from deltanet_ref.ops import gated_delta_rule as gdr
@@ -300,3 +301,11 @@ def test_the_solved_system_needs_neither_u_nor_w():
     np.testing.assert_allclose(dv[0].swapaxes(0, 1), beta * X, atol=1e-14)
     np.testing.assert_allclose(dS0[0], np.exp(gc[:, -1:]) * dS_end[0] + (np.exp(gc) * Q).swapaxes(1, 2) @ dO
                                - (beta * np.exp(gc) * K).swapaxes(1, 2) @ X, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("chunk_size", [0, -1, 2.0])
+def test_a_chunk_size_that_is_no_size_is_refused(backend, chunk_size):
+    q, k, v, gates, _, _ = delta_rule_arguments(15, **SIZES)
+    with pytest.raises(InputError, match="from 1 on"):
+        get_backend(backend).gated_delta_rule_forward(q, k, v, **gates, chunk_size=chunk_size)

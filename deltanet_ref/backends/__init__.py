@@ -9,7 +9,7 @@ BACKENDS = {"numpy": "deltanet_ref.ops", "numba": "deltanet_ref.backends.numba_c
 
 def get_backend(name):
     """The operators of a backend: "numpy" (deltanet_ref.ops itself), "numba" (kernels for the CPU, compiled when first
-    used), or "auto" for the fastest one there is.
+    used), or "auto", which is numpy in this version.
 
     Raises InputError for a backend that this version does not have.
     """

@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-IGNORED = -100
+from deltanet_ref.model.qwen35 import IGNORED
 
 
 class Example(NamedTuple):

@@ -13,6 +13,7 @@ import numpy as np
 from deltanet_ref.backends.numba_cpu.blas import gemm, solve, solve_transposed
 from deltanet_ref.backends.numba_cpu.kernel import exp, inlined, kernel, row, same_float
 from deltanet_ref.ops.gated_delta_rule.arguments import Arguments, arguments, incoming_gradients
+from deltanet_ref.ops.gated_delta_rule.chunk import chunk_counts
 
 
 class DeltaRuleCache(NamedTuple):
@@ -65,7 +66,7 @@ def _tasks(args):
 
 def first_chunks(cu_seqlens, C):
     """Number of the first chunk of each sequence, and of all chunks: (N_seq + 1,)."""
-    return np.concatenate([[0], np.cumsum(-(-np.diff(cu_seqlens) // C))])
+    return np.concatenate([[0], np.cumsum(chunk_counts(cu_seqlens, C))])
 
 
 @kernel("r3 r3 r3 r2 r2 f i1 i1 i1 i w3 w3 w4 w4")

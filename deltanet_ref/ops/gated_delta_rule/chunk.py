@@ -37,9 +37,7 @@ def chunk_forward(q, k, v, *, g, beta, S0=None, scale=None, head_order="grouped"
     chunk_size  C >= 1; any L, a shorter last chunk included
     """
     args = arguments(q, k, v, g=g, beta=beta, S0=S0, scale=scale, head_order=head_order, cu_seqlens=cu_seqlens)
-    if not isinstance(chunk_size, (int, np.integer)) or chunk_size < 1:
-        raise InputError(f"chunk_size must be a whole number from 1 on; it is {chunk_size!r}")
-    chunks = cut(args.cu_seqlens, int(chunk_size))
+    chunks = cut(args.cu_seqlens, chunk_size)
     Q, K = (gather(x[:, args.key_head], chunks) for x in (args.q, args.k))
     V, G, Beta = (gather(x, chunks) for x in (args.v, args.g, args.beta))
     wy = wy_forward(K, V, G, Beta)                                         # 1  U, W
@@ -101,8 +99,7 @@ def chunk_backward(do, dS_end, cache):
 
 def cut(cu_seqlens, C):
     """The Chunks of C tokens of sequences that start at cu_seqlens[:-1]."""
-    lengths = np.diff(cu_seqlens)
-    counts = -(-lengths // C)                                              # chunks of each sequence
+    counts, lengths = chunk_counts(cu_seqlens, C), np.diff(cu_seqlens)
     sequence = np.repeat(np.arange(len(lengths)), counts)
     n = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     place = n[:, None] * C + np.arange(C)                                  # position within the sequence
@@ -110,6 +107,13 @@ def cut(cu_seqlens, C):
     token = np.where(filled, cu_seqlens[sequence, None] + place, 0)
     steps = [(np.flatnonzero(n == i), sequence[n == i]) for i in range(counts.max())]
     return Chunks(token, filled, steps)
+
+
+def chunk_counts(cu_seqlens, chunk_size):
+    """How many chunks each sequence makes, (N_seq,). Raises InputError for a chunk_size that is no size."""
+    if not isinstance(chunk_size, (int, np.integer)) or chunk_size < 1:
+        raise InputError(f"chunk_size must be a whole number from 1 on; it is {chunk_size!r}")
+    return -(-np.diff(cu_seqlens) // chunk_size)
 
 
 def gather(x, chunks):
