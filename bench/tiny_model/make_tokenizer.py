@@ -49,11 +49,11 @@ def main():
     text = arguments.corpus.read_text(encoding="utf-8")
     tokenizer = train_tokenizer(text.split("\n\n"))
     tokenizer.save(str(arguments.directory / "tokenizer.json"))
-    (arguments.directory / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "Qwen3_5Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, indent=2) + "\n")
+    config = {"tokenizer_class": "Qwen3_5Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (arguments.directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (arguments.directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     tokens = len(tokenizer.encode(text).ids)
-    print(f"{arguments.directory}: {tokenizer.get_vocab_size()} tokens, {len(text) / tokens:.2f} bytes each on {arguments.corpus}")
+    print(f"{arguments.directory}: {tokenizer.get_vocab_size()} tokens of {len(text) / tokens:.2f} bytes in the corpus")
 
 
 if __name__ == "__main__":

@@ -26,23 +26,25 @@ def add_arguments(parser):
                         help="its backward: a callable that also takes do and dS_end, or `autograd` (torch, jax)")
     parser.add_argument("--exec", dest="program", metavar="COMMAND",
                         help="a program instead, run once per case; {in} and {out} are the files it reads and writes")
-    parser.add_argument("--results", metavar="DIR", help="files computed elsewhere instead: DIR/CASE-ID.safetensors (.npz, .gguf)")
+    parser.add_argument("--results", metavar="DIR",
+                        help="files computed elsewhere instead: DIR/CASE-ID.safetensors (.npz, .gguf)")
     parser.add_argument("--format", choices=("safetensors", "npz", "gguf"), default="safetensors",
                         help="of the files of --exec (default safetensors)")
     parser.add_argument("--array", choices=("numpy", "torch", "jax", "cupy"), default=None,
-                        help="what the callable takes (default numpy; with --layout hf or fla torch, if its module uses it)")
+                        help="what the callable takes (default numpy; with --layout torch, if its module uses it)")
     parser.add_argument("--device", metavar="NAME", help="where torch or jax arrays live, such as cuda (default cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32",
                         help="of the inputs, and what the answers are held to (default float32)")
     parser.add_argument("--cases", nargs="+", metavar="PATTERN", default=None,
-                        help="case ids, shell patterns or groups (default delta); `deltanet-ref vectors --list` lists them")
+                        help="case ids, shell patterns or groups (default delta); `vectors --list` lists them")
     parser.add_argument("--packed", action="store_true", help="packed cases too: the callee takes cu_seqlens")
     parser.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds for one case (default 20)")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     layout = parser.add_argument_group("the other side's conventions")
     layout.add_argument("--layout", choices=tuple(NAMES), help="a ready-made set of those below")
     for switch, values in SWITCHES.items():
-        layout.add_argument(f"--{switch}", choices=tuple(values), help="; ".join(f"{v}: {text}" for v, text in values.items()))
+        layout.add_argument(f"--{switch}", choices=tuple(values),
+                            help="; ".join(f"{value}: {text}" for value, text in values.items()).replace("%", "%%"))
     layout.add_argument("--call", metavar="TEXT", help="arguments of the forward, such as 'q, k, v, beta, g, state=S0'")
     layout.add_argument("--returns", metavar="NAMES", help="what it returns, in order, such as 'S_end, o'")
     layout.add_argument("--backward-call", metavar="TEXT", help="the same of the backward; it may use do and dS_end")
@@ -63,7 +65,7 @@ def run(args):
                          gradients=args.backward is not None if args.forward else None)
     finally:
         runner.close()
-    if args.results and report.count("MISSING") == len(report.cases):
+    if args.results and all(result.status == "MISSING" and not result.stages for result in report.cases):
         raise InputError(report.cases[0].message)
     if args.json:
         print(json.dumps(report.as_json(), indent=1))
@@ -83,12 +85,12 @@ def make_runner(args):
     if args.forward is None:
         for option in ("backward", "array", "device"):
             if getattr(args, option) is not None:
-                raise InputError(f"--{option} goes with MODULE:FUNCTION; a program or a file holds its gradients beside its outputs")
+                raise InputError(f"--{option} goes with MODULE:FUNCTION; programs write gradients beside their outputs")
     if args.program is not None:
         return Program(args.program, format=args.format, timeout=args.timeout, dtype=args.dtype)
     if args.results is not None:
         return Results(args.results)
-    array = args.array or (None if args.layout else "numpy")               # None: torch if the callable's module uses it
+    array = args.array or (None if args.layout else "numpy")               # None: the worker looks at the module
     return Worker(args.forward, args.backward, array=array, device=args.device, dtype=args.dtype, timeout=args.timeout)
 
 
@@ -109,21 +111,22 @@ def print_report(report):
     from deltanet_ref.oracle.catalogue import CATALOGUE
     from deltanet_ref.oracle.check import explanation
     from deltanet_ref.oracle.flags import FLAGS
+    from deltanet_ref.oracle.noise import FACTOR
 
     print(f"{'case':28} {'status':10} {'error':>9}  first bad")
     for result in report.cases:
         errors = [stage.error for stage in result.stages.values() if stage.error == stage.error]
         error = f"{max(errors):.3g}x" if errors else ""
         print(f"{result.case.id:28} {result.status:10} {error:>9}  {place(result)}{explanation(result)}".rstrip())
-    print("\nerror: multiple of the noise floor; "
-          f"more than {report.as_json()['summary']['factor']} is a failure" if report.cases else "")
+    print(f"\nerror: multiple of the noise floor; more than {FACTOR[report.dtype]} is a failure")
     if report.failed:
         stage = report.first_stage()
         if stage:
             name, result = stage
             wrong = [n for n, s in result.stages.items() if s.status != "ok"]
             right = [n for n, s in result.stages.items() if s.status == "ok"]
-            print(f"\nfirst wrong stage: {name}, in {result.case.id} (wrong there: {' '.join(wrong)}; right: {' '.join(right) or 'none'})")
+            print(f"\nfirst wrong stage: {name}, in {result.case.id} "
+                  f"(wrong there: {' '.join(wrong)}; right: {' '.join(right) or 'none'})")
         for verdict in report.flags():
             print(f"flag {verdict.flag}: {verdict.failed} of {verdict.cases} fail, {verdict.failed_without} of "
                   f"{verdict.cases_without} without it. Brings out: {FLAGS[verdict.flag].catches}")

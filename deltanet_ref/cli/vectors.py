@@ -12,11 +12,14 @@ examples:
 def add_arguments(parser):
     parser.epilog = EPILOG
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--list", action="store_true", help="every case with its sizes and flags, and what each flag brings out")
+    what.add_argument("--list", action="store_true",
+                      help="every case with its sizes and flags, and what each flag brings out")
     what.add_argument("--out", metavar="DIR", help="write each case's inputs and expected answers as files")
     what.add_argument("--make", metavar="DIR", help="make the vectors of the package anew, from the definition")
-    what.add_argument("--verify", action="store_true", help="make them anew in memory, and compare with those of the package")
-    parser.add_argument("--cases", nargs="+", metavar="PATTERN", default=["*"], help="case ids, shell patterns or groups (default all)")
+    what.add_argument("--verify", action="store_true",
+                      help="make them anew in memory, and compare with those of the package")
+    parser.add_argument("--cases", nargs="+", metavar="PATTERN", default=["*"],
+                        help="case ids, shell patterns or groups (default all)")
     parser.add_argument("--format", choices=("safetensors", "npz", "gguf"), default="safetensors", help="of --out")
 
 
@@ -30,8 +33,8 @@ def run(args):
         print(f"{len(generate.CASES)} cases written to {args.make}")
     elif args.verify:
         wrong = generate.verify_vectors(VECTORS)
-        print("\n".join(wrong) or f"{len(generate.CASES)} cases: sums, metadata and inputs are the same, answers within "
-              f"{generate.ELSEWHERE:g} of their scale")
+        print("\n".join(wrong) or f"{len(generate.CASES)} cases: sums, metadata and inputs are the same, "
+              f"answers within {generate.ELSEWHERE:g} of their scale")
         return 1 if wrong else 0
     elif args.list:
         print_list(select(args.cases))
@@ -52,7 +55,7 @@ def print_list(cases):
 
 
 def export(cases, directory, format):
-    """DIR/CASE-ID.in.FORMAT holds the inputs; DIR/CASE-ID.expected.FORMAT the answers, with NAME.scale and NAME.floor."""
+    """DIR/CASE-ID.in.FORMAT holds the inputs, DIR/CASE-ID.expected.FORMAT the answers, their scales and floors."""
     from deltanet_ref.oracle.cases import make_inputs
     from deltanet_ref.oracle.exchange import write_case
     from deltanet_ref.oracle.generate import make_entry
@@ -62,5 +65,6 @@ def export(cases, directory, format):
         target = directory / case.id
         target.parent.mkdir(parents=True, exist_ok=True)
         write_case(f"{target}.in.{format}", inputs)
-        write_case(f"{target}.expected.{format}", {name: array for name, array in make_entry(case)[1].items() if name not in inputs})
+        answers = {name: array for name, array in make_entry(case)[1].items() if name not in inputs}
+        write_case(f"{target}.expected.{format}", answers)
     print(f"{len(cases)} cases written to {directory}, CASE-ID.in.{format} and CASE-ID.expected.{format}")

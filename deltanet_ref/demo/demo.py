@@ -47,8 +47,7 @@ def run(args):
 
     before, text_before = measure(model), continuation(model)
     terminal.print(f"[bold]Adapting it[/] to Scots: LoRA of rank {RANK} on every linear layer, on {ADAPT.name}")
-    adapter = new_adapter(model, rank=RANK, alpha=2 * RANK, seed=TRAINING["seed"])
-    report = train(model, adapter, ADAPT, console=Console(), **TRAINING)
+    adapter, report = adapt(model, RANK, Console())
     adapter.save_gguf(args.output)
     after, text_after = measure(model), continuation(model)
 
@@ -56,7 +55,8 @@ def run(args):
     terminal.print(figures(before, after))
     for when, text in ("before", text_before), ("after", text_after):
         terminal.print(f"\n[bold]{when}[/]: [dim]{PROMPT}[/]{escape(text)}")
-    terminal.print(f"\nWrote {args.output} ({args.output.stat().st_size / 1e6:.2f} MB), a GGUF adapter that llama.cpp loads. "
+    size = args.output.stat().st_size / 1e6
+    terminal.print(f"\nWrote {args.output} ({size:.2f} MB), a GGUF adapter for llama.cpp; "
                    f"{time.perf_counter() - start:.0f} s in all, {report.tokens_per_second:.0f} tokens/s in training.")
     terminal.print(NEXT.format(adapt=ADAPT), markup=False)
 
@@ -65,14 +65,20 @@ def describe(model):
     """Its size and its layers, in one line."""
     parameters = sum(w.size for w in model.weights.values())
     delta = model.config.layer_types.count("linear_attention")
-    return (f"{format_count(parameters)} parameters in {MODEL.stat().st_size / 1e6:.1f} MB; {delta} layers of Gated DeltaNet, "
-            f"{len(model.config.layer_types) - delta} of softmax attention, {model.config.vocab_size} tokens")
+    return (f"{format_count(parameters)} parameters in {MODEL.stat().st_size / 1e6:.1f} MB; {delta} layers of Gated "
+            f"DeltaNet, {len(model.config.layer_types) - delta} of softmax attention, {model.config.vocab_size} tokens")
+
+
+def adapt(model, rank, console=None):
+    """Train a new adapter on the Scots passages; it stays attached. Returns the adapter and the TrainReport."""
+    adapter = new_adapter(model, rank=rank, alpha=2 * rank, seed=TRAINING["seed"])
+    return adapter, train(model, adapter, ADAPT, console=console, **TRAINING)
 
 
 def measure(model):
     """name -> bits per byte on the evaluation passages, with whatever is attached."""
-    return {name: evaluate(model, encode_dataset(read_dataset(path)["train"], model.tokenizer), batch_size=8).bits_per_byte
-            for name, path in EVALUATE.items()}
+    passages = {name: encode_dataset(read_dataset(path)["train"], model.tokenizer) for name, path in EVALUATE.items()}
+    return {name: evaluate(model, examples, batch_size=8).bits_per_byte for name, examples in passages.items()}
 
 
 def continuation(model):

@@ -17,7 +17,7 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Case:
-    """One conformance case. Its id is "group/name"; deltanet_ref.oracle.operators says what its op takes and returns."""
+    """One conformance case. Its id is "group/name"; operators.py says what its op takes and returns."""
     id: str
     op: str
     sizes: dict               # letter of notation.py -> number
@@ -123,7 +123,8 @@ _TABLE = (
     _delta("padding", (1, 29, 1, 2, 8, 4), "padding", **BOTH, padding=(3, 5)),
     _delta("three-chunks", (1, 150, 1, 2, 16, 8), "intermediates", intermediates=True),
     _delta("three-chunks-state", (1, 147, 1, 2, 16, 8), "intermediates", **BOTH, intermediates=True, g="strong"),
-    _delta("three-chunks-mixed", (1, 141, 2, 2, 8, 16), "intermediates mixed-decay", **BOTH, intermediates=True, g="mixed"),
+    _delta("three-chunks-mixed", (1, 141, 2, 2, 8, 16), "intermediates mixed-decay", **BOTH, intermediates=True,
+           g="mixed"),
     _delta("everything", (2, 135, 2, 4, 8, 4), "batch-rows mixed-decay scale", **BOTH, g="mixed", scale=0.4375),
     _delta("full-precision", (1, 77, 1, 2, 16, 8), "", **BOTH, precision="float32"),
     _delta("near-solution", (1, 40, 1, 2, 16, 8), "near-solution", **BOTH, precision="float32", g=0.0, v="near"),
@@ -147,7 +148,8 @@ _TABLE = (
     # convolution and SiLU
     _conv("plain", dict(B=1, L=9, ch=6, K=4), "plain bf16-inputs"),
     _conv("state", dict(B=2, L=11, ch=6, K=4), "initial-state final-state-loss batch-rows bf16-inputs", state=True),
-    _conv("short", dict(B=2, L=2, ch=5, K=4), "ragged initial-state final-state-loss batch-rows bf16-inputs", state=True),
+    _conv("short", dict(B=2, L=2, ch=5, K=4), "ragged initial-state final-state-loss batch-rows bf16-inputs",
+          state=True),
     _conv("packed", dict(B=1, L=13, ch=6, K=4), "packed initial-state final-state-loss bf16-inputs", state=True,
           lengths=(1, 7, 2, 3)),
     _conv("full-precision", dict(B=1, L=33, ch=6, K=4), "full-precision", precision="float32"),
@@ -207,8 +209,8 @@ def select(patterns=("delta/*",), dtype="float32"):
     """
     from fnmatch import fnmatchcase
 
-    chosen = [case for case in CASES.values()
-              if any(fnmatchcase(case.id, p) or case.group == p for p in patterns) and (dtype != "bfloat16" or case.bf16)]
+    chosen = [case for case in CASES.values() if (case.bf16 or dtype != "bfloat16")
+              and any(fnmatchcase(case.id, pattern) or case.group == pattern for pattern in patterns)]
     if not chosen:
         raise InputError(f"no case matches {' '.join(patterns)}; groups: {' '.join(GROUPS)}; "
                          "`deltanet-ref vectors --list` lists the cases")
@@ -245,7 +247,8 @@ def float32(x):
 def bfloat16(x):
     """Rounded to the nearest bfloat16, ties to even; a float32 array of finite values."""
     bits = float32(x).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)).view(np.float32)
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return ((bits + half) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def rounding(case):
@@ -386,7 +389,8 @@ def _gate_inputs(case, draw):
     s, cast = case.sizes, rounding(case)
     tokens, reach = (s["B"], s["L"], s["H_v"]), case.options.get("range", 3.0)
     return {"a": cast(draw.uniform(tokens, -reach, reach)), "b": cast(draw.uniform(tokens, -reach, reach)),
-            "A_log": float32(draw.uniform(tokens[2:], -3.0, 2.75)), "dt_bias": float32(draw.uniform(tokens[2:], -4.0, 1.0)),
+            "A_log": float32(draw.uniform(tokens[2:], -3.0, 2.75)),
+            "dt_bias": float32(draw.uniform(tokens[2:], -4.0, 1.0)),
             "dg": float32(draw.bell(tokens)), "dbeta": cast(draw.bell(tokens))}
 
 

@@ -93,8 +93,9 @@ class Report:
         """The form that DESIGN section 5 fixes, with more beside it; numbers that are not finite are null."""
         suspects = [{"bug": bug, "title": title, "score": score} for bug, title, score in self.suspects]
         return {"summary": {"passed": self.count("ok"), "failed": self.count(*FAILED), "skipped": self.count("SKIP"),
-                            "errors": self.count(*BROKEN), "suspects": suspects, "dtype": self.dtype, "factor": FACTOR[self.dtype],
-                            "gradients": self.gradients, "vectors": VERSION, "provenance": self.provenance,
+                            "errors": self.count(*BROKEN), "suspects": suspects, "dtype": self.dtype,
+                            "factor": FACTOR[self.dtype], "gradients": self.gradients, "vectors": VERSION,
+                            "provenance": self.provenance,
                             "flags": [verdict._asdict() for verdict in self.flags()]},
                 "cases": [_case_json(result) for result in self.cases]}
 
@@ -102,8 +103,8 @@ class Report:
 def _case_json(result):
     stages = {name: {"status": stage.status, "error": stage.error if abs(stage.error) < float("inf") else None}
               for name, stage in result.stages.items()}
-    return {"id": result.case.id, "status": result.status, "flags": list(result.case.flags), "first_bad": result.first_bad,
-            "message": explanation(result), "stages": stages}
+    return {"id": result.case.id, "status": result.status, "flags": list(result.case.flags),
+            "first_bad": result.first_bad, "message": explanation(result), "stages": stages}
 
 
 def explanation(result):
@@ -135,6 +136,8 @@ def examine(runner, cases, *, dtype, layout, gradients=None, progress=lambda cas
     for case in cases:
         progress(case)
         reason = cannot_express(layout, case, make_inputs(case))
+        if dtype == "bfloat16" and not case.bf16:
+            reason = "its inputs are no bfloat16 numbers"
         if reason:
             results[case.id] = CaseResult(case, "SKIP", {}, {}, None, reason)
             continue
@@ -146,7 +149,8 @@ def examine(runner, cases, *, dtype, layout, gradients=None, progress=lambda cas
             answered[case.id] = right, take(layout, case, answer.outputs)
             devices.add(answer.device)
     if gradients is None:
-        gradients = any(OPERATORS[case.op].gradients.keys() & answered[case.id][1].keys() for case in cases if case.id in answered)
+        gradients = any(OPERATORS[case.op].gradients.keys() & answered[case.id][1].keys()
+                        for case in cases if case.id in answered)
     for case in cases:
         if case.id in answered:
             right, outputs = answered[case.id]

@@ -9,7 +9,7 @@ import numpy as np
 
 from deltanet_ref.notation import value_to_key_head
 
-FORWARD = ("gc", "A", "T", "U", "W", "V_new", "S")
+FORWARD = ("gc", "A", "T", "U", "W", "S", "V_new")
 BACKWARD = ("dV_new", "dS", "dW", "dU", "dT", "dA", "dgc")
 INTERMEDIATES = FORWARD + BACKWARD
 
@@ -53,7 +53,8 @@ def chunk_by_chunk(x, *, chunk=64, operand=lambda x: x):
         gram = dot(K, _t(K))
         A = np.tril(b * gram * Gamma, -1)
         T = _solved(A)
-        decay, tail, whole = np.exp(gc)[..., None], np.exp(gc[..., -1:] - gc)[..., None], np.exp(gc[..., -1])[..., None, None]
+        decay, tail = np.exp(gc)[..., None], np.exp(gc[..., -1:] - gc)[..., None]
+        whole = np.exp(gc[..., -1])[..., None, None]
         U, W = dot(T, b * V), dot(T, b * decay * K)
         V_new = U - dot(W, S)
         QK = dot(Q, _t(K))
@@ -70,7 +71,7 @@ def chunk_by_chunk(x, *, chunk=64, operand=lambda x: x):
         do = np.asarray(x["scale"] * x["do"][:, t].swapaxes(1, 2), dtype)
         # S' = whole S + (tail K)^T V_new;  o = scale [decay Q S + P V_new]
         dV_new = dot(_t(P), do) + dot(tail * K, dS)
-        d_tail_K, d_whole = dot(V_new, _t(dS)), (whole * S * dS).sum((-2, -1))
+        d_tail_K, d_whole = dot(V_new, _t(dS)), _sum_in_series(whole * S * dS)
         dP = np.tril(dot(do, _t(V_new)))
         d_decay_Q = dot(do, _t(S))
         dQ = decay * d_decay_Q + dot(dP * Gamma, K)
@@ -105,7 +106,7 @@ def chunk_by_chunk(x, *, chunk=64, operand=lambda x: x):
 
 
 def _put(out, t, **values):
-    """Rows of a chunk (B, H_v, C, ...) into the arrays (B, L, H_v, ...); matrices of a short chunk fill their columns."""
+    """Rows of a chunk (B, H_v, C, ...) into the arrays (B, L, H_v, ...); a short chunk's matrices fill its columns."""
     for name, value in values.items():
         rows = value.swapaxes(1, 2)
         out[name][:, t][(..., slice(0, rows.shape[3])) if rows.ndim == 4 else ...] = rows
@@ -118,6 +119,11 @@ def _solved(A):
         T[..., i, :] = -(A[..., i, None, :i] @ T[..., :i, :])[..., 0, :]
         T[..., i, i] = 1
     return T
+
+
+def _sum_in_series(x):
+    """Sum over the last two axes, one after the other as a simple kernel does; NumPy's own sum is more exact."""
+    return np.cumsum(x.reshape(*x.shape[:-2], -1), -1)[..., -1]
 
 
 def _t(x):

@@ -11,6 +11,7 @@ from deltanet_ref.oracle.operators import OPERATORS
 
 # the order in which a kernel makes them; a wrong stage spoils those after it
 DELTA_PIPELINE = (*FORWARD, "o", "S_end", *BACKWARD, "dq", "dv", "dbeta", "dk", "dg", "dS0")
+WALKS = ({"S": 1, "V_new": 1, "o": 1}, {"dV_new": -1, "dS": -1})           # made chunk after chunk, in this direction
 FLOAT32_SHARE_OF_FLOAT64 = 2.0 ** -29                                      # ratio of the two unit roundoffs
 
 
@@ -32,11 +33,20 @@ class CaseResult(NamedTuple):
 
     @property
     def first_bad(self):
-        """The first bad stage in pipeline order and its first bad place; None when there is none."""
-        for name, stage in self.stages.items():
-            if stage.status != "ok":
-                return {"output": name, **dict.fromkeys(("sequence", "chunk", "token", "head"))} | (stage.first_bad or {})
-        return None
+        """The first bad stage in pipeline order and its first bad place; None when there is none.
+
+        What is made chunk after chunk goes by chunks first: V_new of chunk 0 comes before S of chunk 1.
+        """
+        bad = {name: stage.first_bad or {} for name, stage in self.stages.items() if stage.status != "ok"}
+        if not bad:
+            return None
+        first = next(iter(bad))
+        for walk in WALKS:
+            if first in walk:
+                placed = [name for name in bad if name in walk and bad[name]]
+                first = min(placed, default=first,
+                            key=lambda name: (bad[name]["sequence"], walk[name] * bad[name]["chunk"]))
+        return {"output": first, **dict.fromkeys(("sequence", "chunk", "token", "head"))} | bad[first]
 
 
 def compare(case, expected, outputs, *, dtype, gradients):
@@ -51,9 +61,8 @@ def compare(case, expected, outputs, *, dtype, gradients):
     if case.op == "gated_delta_rule":
         names = [name for name in DELTA_PIPELINE
                  if name in required or (name in outputs and name in expected.values and name not in op.gradients)]
-    axes = op.outputs | op.gradients
-    stages = {name: _stage(case, name, axes.get(name, "shff" if name in ("S", "dS") else "sthf"), outputs.get(name), expected,
-                           dtype) for name in names}
+    axes = {"S": "schff", "dS": "schff"} | op.outputs | op.gradients
+    stages = {name: _stage(case, name, axes.get(name, "sthf"), outputs.get(name), expected, dtype) for name in names}
     status = next((stage.status for stage in stages.values() if stage.status != "ok"), "ok")
     return CaseResult(case, status, stages, outputs, expected)
 
@@ -79,7 +88,7 @@ def _stage(case, name, axes, got, expected, dtype):
     finite = np.isfinite(got)
     with np.errstate(invalid="ignore", over="ignore"):
         error = relative_error(got, want, expected.scales[name]) / (expected.floors[name][precision] * share)
-    error[~finite] = np.inf
+    error = np.where(finite, error, np.inf)
     bad = error > FACTOR[dtype]
     worst = float(np.max(error, initial=0.0))
     if not bad.any():
@@ -111,15 +120,15 @@ def first_bad(bad, axes, case, sample, backward):
             starts = np.cumsum([0, *case.options["lengths"]])
             columns["s"] = np.searchsorted(starts, columns["t"], side="right") - 1
             columns["t"] = columns["t"] - starts[columns["s"]]
-    order = [columns[letter] * (-1 if letter == "t" and backward else 1) for letter in "sth" if letter in columns]
+    order = [columns[letter] * (-1 if letter in "ct" and backward else 1) for letter in "scth" if letter in columns]
     first = np.lexsort(order[::-1])[0]
     place = {letter: int(column[first]) for letter, column in columns.items()}
-    return {"sequence": place.get("s"), "chunk": place["t"] // CHUNK if "t" in place else None, "token": place.get("t"),
-            "head": place.get("h")}
+    return {"sequence": place.get("s"), "chunk": place["t"] // CHUNK if "t" in place else place.get("c"),
+            "token": place.get("t"), "head": place.get("h")}
 
 
 def _token_major(got, shape):
-    """Intermediates may also come chunk by chunk, (B, H_v, N, C, ...) or (B, N, H_v, C, ...), the last chunk filled up."""
+    """Intermediates may also come as (B, H_v, N, C, ...) or (B, N, H_v, C, ...), the last chunk filled up."""
     if len(shape) < 3 or got.ndim != len(shape) + 1:
         return got
     B, L, H = shape[:3]

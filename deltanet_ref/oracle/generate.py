@@ -22,14 +22,14 @@ ELSEWHERE = 1e-12             # expected values on another machine, relative to 
 SUMS = "SHA256SUMS"
 
 
-def write_vectors(directory):
-    """Write every group, and SHA256SUMS (for `sha256sum -c`), into the directory."""
+def write_vectors(directory, groups=GROUPS):
+    """Write the groups, and SHA256SUMS (for `sha256sum -c`), into the directory."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     names = []
-    for group in GROUPS:
+    for group in groups:
         metadata, tensors = make_group(group)
-        write_safetensors(directory / f"{group}.safetensors", tensors, {"group": group, "version": str(VERSION)})
+        write_safetensors(directory / f"{group}.safetensors", tensors, {"version": str(VERSION)})
         (directory / f"{group}.json").write_text(metadata, "utf-8")
         names += [f"{group}.json", f"{group}.safetensors"]
     sums = [f"{hashlib.sha256((directory / name).read_bytes()).hexdigest()}  {name}\n" for name in sorted(names)]
@@ -45,8 +45,9 @@ def make_group(group):
             cases.append(entry)
             tensors |= {f"{case.id}/{name}": array for name, array in its_tensors.items()}
     flags = dict.fromkeys(flag for entry in cases for flag in entry["flags"])
-    metadata = {"$schema": "./schema.json", "version": VERSION, "group": group, "file": f"{group}.safetensors", "source": SOURCE,
-                "factor": FACTOR, "flags": {flag: FLAGS[flag]._asdict() for flag in flags}, "cases": cases}
+    metadata = {"$schema": "./schema.json", "version": VERSION, "group": group, "file": f"{group}.safetensors",
+                "source": SOURCE, "factor": FACTOR, "flags": {flag: FLAGS[flag]._asdict() for flag in flags},
+                "cases": cases}
     return json.dumps(metadata, indent=1) + "\n", tensors
 
 
@@ -66,7 +67,8 @@ def make_entry(case):
     for name, value in right.values.items():
         role = "output" if name in op.outputs else "gradient" if name in op.gradients else "intermediate"
         tensors[name], tensors[f"{name}.scale"] = value, right.scales[name].astype(np.float32)
-        tensors[f"{name}.floor"] = np.array([right.floors[name].get(p, 0.0) for p in ("float32", "bfloat16")], np.float32)
+        floor = right.floors[name]
+        tensors[f"{name}.floor"] = np.array([floor["float32"], floor.get("bfloat16", 0.0)], np.float32)
         facts[name] = _facts(role, value)
     entry = {"id": case.id, "op": case.op, "sizes": case.sizes, "flags": list(case.flags), "seed": case.seed,
              "options": case.options, "parameters": parameters, "inputs_sha256": digest.hexdigest(), "tensors": facts}
@@ -79,7 +81,7 @@ def _facts(role, value):
     return {"role": role, "dtype": str(value.dtype), "shape": list(value.shape)}
 
 
-def verify_vectors(directory):
+def verify_vectors(directory, groups=GROUPS):
     """Everything that is wrong with the vectors in the directory, one line each: sums, metadata, inputs, answers."""
     directory = Path(directory)
     wrong = []
@@ -87,13 +89,13 @@ def verify_vectors(directory):
         digest, name = line.split()
         if hashlib.sha256((directory / name).read_bytes()).hexdigest() != digest:
             wrong.append(f"{name}: its sha256 is not that of {SUMS}")
-    for group in GROUPS:
+    for group in groups:
         metadata, tensors = make_group(group)
         if (directory / f"{group}.json").read_text("utf-8") != metadata:
             wrong.append(f"{group}.json: differs from what the table of cases gives")
         stored = read_safetensors(directory / f"{group}.safetensors")
         for name in tensors.keys() ^ stored.keys():
-            wrong.append(f"{group}.safetensors: {name} is {'missing' if name in tensors else 'not in the table of cases'}")
+            wrong.append(f"{group}.safetensors: {name} is " + ("missing" if name in tensors else "in no case"))
         for name in tensors.keys() & stored.keys():
             wrong += _difference(name, stored[name], tensors)
     return wrong
@@ -110,5 +112,6 @@ def _difference(name, stored, tensors):
     if name.endswith(".scale"):
         return [] if np.allclose(stored, made, rtol=1e-6) else [f"{name}: differs"]
     if name.endswith(".floor"):                                            # measured noise: another BLAS, another noise
-        return [] if (stored <= 8 * made).all() and (made <= 8 * stored).all() else [f"{name}: {stored} is not near {made}"]
+        near = (stored <= 8 * made).all() and (made <= 8 * stored).all()
+        return [] if near else [f"{name}: {stored} is not near {made}"]
     return [] if np.array_equal(stored, made) else [f"{name}: an input differs"]

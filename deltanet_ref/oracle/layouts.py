@@ -14,7 +14,7 @@ from deltanet_ref.notation import value_to_key_head
 from deltanet_ref.ops.l2_norm import l2_norm_backward, l2_norm_forward
 from deltanet_ref.oracle.cases import make_inputs
 from deltanet_ref.oracle.expected import compute, expected
-from deltanet_ref.oracle.operators import OPERATORS, in_dtype
+from deltanet_ref.oracle.operators import DELTA, in_dtype
 
 # switch: value -> what it says about the other side. The first is the kit's own.
 SWITCHES = {
@@ -28,9 +28,6 @@ SWITCHES = {
     "l2norm": {"outside": "q and k come as they are to be used",
                "inside": "the callee divides q and k by sqrt(sum x^2 + 1e-6), and dq, dk belong to what it was given"},
 }
-
-
-DELTA_OPS = ("gated_delta_rule", "gated_delta_rule_step")
 
 
 @dataclass(frozen=True)
@@ -96,14 +93,12 @@ def put(layout, case):
         right = expected(case)
     else:
         right = _expected_of(layout, case, x)
-    if case.op not in DELTA_OPS:
+    if case.op != "gated_delta_rule":
         return x, right
     y = dict(x)
     order = _value_order(layout, case)
-    for name in ("v", "g", "beta", "do"):
-        y[name] = np.take(y[name], order, axis=_head_axis(case))
-    for name in ("S0", "dS_end"):
-        y[name] = np.take(y[name], order, axis=1)
+    for name, axis in {"v": 2, "g": 2, "beta": 2, "do": 2, "S0": 1, "dS_end": 1}.items():
+        y[name] = np.take(y[name], order, axis)
     if layout.heads == "repeated":
         y["q"], y["k"] = (np.repeat(y[name], case.sizes["H_v"] // case.sizes["H_k"], axis=2) for name in ("q", "k"))
     if layout.gate == "decay":
@@ -122,9 +117,9 @@ def take(layout, case, outputs):
 
     Intermediates are kept only where the layout leaves heads, states and values as they are.
     """
-    if case.op not in DELTA_OPS:
+    if case.op != "gated_delta_rule":
         return outputs
-    names = [*OPERATORS[case.op].outputs, *OPERATORS[case.op].gradients]
+    names = [*DELTA.outputs, *DELTA.gradients]
     own = replace(layout, call=None, returns=None, backward_call=None, gradients=None, gate="log", packed=True)
     y = dict(outputs) if own == Layout() else {name: outputs[name] for name in names if name in outputs}
     if layout.order == "head":
@@ -134,17 +129,13 @@ def take(layout, case, outputs):
     if layout.heads == "repeated":
         _change(y, ("dq", "dk"), lambda a: _sum_repeated(a, case.sizes["H_k"], case.sizes["H_v"]))
     back = np.argsort(_value_order(layout, case))
-    for name, axis in {"o": 0, "dv": 0, "dg": 0, "dbeta": 0, "S_end": 1, "dS0": 1}.items():
-        axis = axis or _head_axis(case)
+    for name, axis in {"o": 2, "dv": 2, "dg": 2, "dbeta": 2, "S_end": 1, "dS0": 1}.items():
         _change(y, (name,), lambda a: np.take(a, back, axis) if a.shape[axis:axis + 1] == back.shape else a)
     if layout.gate == "decay":
         g = make_inputs(case)["g"]
-        _change(y, ("dg",), lambda a: a * np.exp(g, dtype=np.float64) if a.shape == g.shape else a)   # d/dg = exp(g) d/d exp(g)
+        decay = np.exp(g, dtype=np.float64)
+        _change(y, ("dg",), lambda a: a * decay if a.shape == g.shape else a)   # d/dg = exp(g) d/d exp(g)
     return y
-
-
-def _head_axis(case):
-    return 2 if case.op == "gated_delta_rule" else 1
 
 
 def _value_order(layout, case):
@@ -176,7 +167,7 @@ def _expected_of(layout, case, x):
         return compute(case, x)
     (q, q_cache), (k, k_cache) = l2_norm_forward(wide["q"]), l2_norm_forward(wide["k"])
     right = compute(case, wide | {"q": q, "k": k})
-    values, scale, floor = dict(right.values), dict(right.scales), dict(right.floors)
+    values, scale = dict(right.values), dict(right.scales)
     for name, cache in (("dq", q_cache), ("dk", k_cache)):
         y, r = (a if right.sample is None else a[:, right.sample] for a in cache)
         values[name] = l2_norm_backward(values[name], type(cache)(y, r))
@@ -192,7 +183,8 @@ def arguments(call):
         return [(keyword, value.id, None) if isinstance(value, ast.Name) and value.id not in ("True", "False", "None")
                 else (keyword, None, ast.literal_eval(value)) for keyword, value in pairs]
     except (SyntaxError, ValueError, AttributeError) as error:
-        raise InputError(f"the call {call!r} is not a list of arguments such as 'q, k, v, beta, g, state=S0'") from error
+        raise InputError(f"the call {call!r} is not a list of arguments such as 'q, k, v, beta, g, state=S0'"
+                         ) from error
 
 
 def call_with(call, inputs):

@@ -12,6 +12,7 @@ floor   one number for each output and precision: the largest |x - e| / scale th
 """
 import numpy as np
 
+from deltanet_ref import ops
 from deltanet_ref.notation import value_to_key_head
 from deltanet_ref.oracle.cases import CHUNK, Draw, bfloat16
 from deltanet_ref.oracle.chunk_by_chunk import chunk_by_chunk
@@ -34,15 +35,16 @@ def scales(case, x, y):
     if case.op == "gated_delta_rule":
         terms = delta_rule_scales(x, y)
     elif case.op == "gated_delta_rule_step":
-        row = {name: a[:, None] for name, a in (x | y).items() if name in axes or name in ("q", "k", "v", "g", "beta", "do")}
-        terms = delta_rule_scales(x | row, y | {name: row[name] for name in axes if "S" not in name})
+        by_token = [name for name in (*"qkvg", "beta", *axes) if "S" not in name] + ["do"]
+        row = {name: (x | y)[name][:, None] for name in by_token}
+        terms = delta_rule_scales(x | row, y | row)
         terms = {name: s if "S" in name else s[:, 0] for name, s in terms.items()}
     out = {}
     for name, value in y.items():
         if name in terms:
             s, smallest = terms[name], SMALLEST_TERM
         else:
-            letters = axes.get(name, "sthf" if value.ndim < 5 else "sthff")
+            letters = axes.get(name, "sthf" if value.ndim < 5 else "schff")
             s = np.abs(value).max(axis=tuple(axis for axis, letter in enumerate(letters[:value.ndim]) if letter == "f"))
             smallest = SMALLEST_ROW
         out[name] = np.maximum(s, max(smallest * np.max(s, initial=0.0), UNDERFLOW))
@@ -118,7 +120,7 @@ def relative_error(got, want, scale):
 
 
 def floors(case, x, y, scale):
-    """The noise floor of each output: name -> {"float32": ..., "bfloat16": ...}; bfloat16 only where the case has it."""
+    """The noise floor of each output: name -> {"float32": ...}, and "bfloat16" where the case is for bfloat16."""
     out = {}
     for precision, smallest in PRECISIONS.items():
         if precision == "bfloat16" and not case.bf16:
@@ -133,27 +135,52 @@ def floors(case, x, y, scale):
 
 
 def _float32_attempts(case, x):
-    """The definition in float32; for the delta rule also the chunked form, with chunks of several lengths: where the
-    borders fall decides how large the sums of strong decays grow."""
-    x = in_dtype(x, np.float32)
-    yield OPERATORS[case.op].reference(x)
+    """The definition in float32. For the delta rule also the chunked form, with chunks of several lengths: where the
+    borders fall decides how large sums of strong decays grow. For the others, every input off by its rounding error.
+    """
+    yield OPERATORS[case.op].reference(in_dtype(x, np.float32))
     if case.op == "gated_delta_rule":
-        yield _chunked(x, chunk=CHUNK)
+        yield _chunked(in_dtype(x, np.float32), chunk=CHUNK)
         outputs = OPERATORS[case.op].outputs | OPERATORS[case.op].gradients
         for chunk in (16, 48, 128):
-            yield {name: value for name, value in _chunked(x, chunk=chunk).items() if name in outputs}
+            y = _chunked(in_dtype(x, np.float32), chunk=chunk)
+            yield {name: y[name] for name in outputs}
+    else:
+        yield from _with_blurred_inputs(case, x, PRECISIONS["float32"])
+    if case.op == "gated_attention":
+        yield _fused_attention(in_dtype(x, np.float32))
 
 
 def _bfloat16_attempts(case, x):
-    """The delta rule: the chunked form with every operand of a product rounded. The others: every input off by up to
-    its own rounding error, three times. Answers are rounded to bfloat16, all but states and the gradient of g."""
-    x = in_dtype(x, np.float32)
+    """The chunked form with every operand of a product rounded; for the others, every input off by its rounding error.
+    Answers are rounded to bfloat16, all but states and the gradient of g."""
     if case.op == "gated_delta_rule":
-        attempts = [_chunked(x, chunk=CHUNK, operand=bfloat16)]
+        attempts = [_chunked(in_dtype(x, np.float32), chunk=CHUNK, operand=bfloat16)]
     else:
-        attempts = [OPERATORS[case.op].reference(_blurred(x, Draw(case.seed + n))) for n in (1, 2, 3)]
+        attempts = _with_blurred_inputs(case, x, PRECISIONS["bfloat16"])
     for attempt in attempts:
-        yield {name: value if name in ("S_end", "dS0", "dg", "loss") else bfloat16(value) for name, value in attempt.items()}
+        yield {name: value if name in ("S_end", "dS0", "dg", "loss") else bfloat16(value)
+               for name, value in attempt.items()}
+
+
+def _with_blurred_inputs(case, x, roundoff):
+    """Three times the definition in float64, each input moved by up to the roundoff of its precision: what a kernel
+    gives that is exact for nearly these inputs. Log decays and states stay float32 beside bfloat16 inputs.
+    """
+    for n in (1, 2, 3):
+        draw = Draw(case.seed + n)
+        yield OPERATORS[case.op].reference(
+            {name: a * (1 + draw.uniform(a.shape, -roundoff, roundoff))
+             if isinstance(a, np.ndarray) and a.dtype.kind == "f" and name not in ("g", "S0", "dS_end") else a
+             for name, a in x.items()})
+
+
+def _fused_attention(x):
+    """Gradients as fused kernels compute them: the log-sum-exp of a row kept as one number, which costs P digits."""
+    o, cache = ops.softmax_attention_forward(x["q"], x["k"], x["v"], scale=x["scale"])
+    cache = cache._replace(peak=cache.peak + np.log(cache.total), total=np.ones_like(cache.total))
+    do, _ = ops.sigmoid_gate_backward(x["dy"], ops.sigmoid_gate_forward(o, x["gate"])[1])
+    return dict(zip(("dq", "dk", "dv"), ops.softmax_attention_backward(do, cache)))
 
 
 def _chunked(x, **options):
@@ -166,12 +193,6 @@ def _chunked(x, **options):
         parts.append(chunk_by_chunk(x | part | {name: x[name][n:n + 1] for name in ("S0", "dS_end")}, **options))
     return {name: np.concatenate([part[name] for part in parts], 0 if name in ("S_end", "dS0") else 1)
             for name in DELTA.outputs | DELTA.gradients}
-
-
-def _blurred(x, draw):
-    return {name: a * (1 + draw.uniform(a.shape, -1.0, 1.0) * 2.0 ** -9).astype(np.float32)
-            if isinstance(a, np.ndarray) and a.dtype.kind == "f" and name not in ("g", "S0", "dS_end") else a
-            for name, a in x.items()}
 
 
 ATTEMPTS = {"float32": _float32_attempts, "bfloat16": _bfloat16_attempts}

@@ -2,6 +2,7 @@
 
 Each runner has run(case, inputs, layout) -> Answer and provenance, which names what really answered.
 """
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -10,6 +11,7 @@ import os
 import pickle
 import queue
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,7 +104,7 @@ class TorchArrays:
         inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in names}
         with self.torch.enable_grad():
             outputs = function(inputs)
-            loss = sum((outputs[name].to(d.dtype) * d).sum() for name, d in incoming.items()
+            loss = sum((outputs[name] * d).sum() for name, d in incoming.items()
                        if getattr(outputs.get(name), "requires_grad", False))
         if not isinstance(loss, self.torch.Tensor):
             raise RuntimeError("autograd finds no way from the outputs to the inputs: were they detached?")
@@ -135,7 +137,7 @@ class JaxArrays:
             return {name: outputs[name] for name in incoming}
 
         outputs, pull_back = self.jax.vjp(outputs_of, {name: inputs[name] for name in names})
-        found, = pull_back({name: d.astype(outputs[name].dtype) for name, d in incoming.items()})
+        found, = pull_back({name: self.jax.numpy.asarray(d, outputs[name].dtype) for name, d in incoming.items()})
         return found
 
 
@@ -154,6 +156,8 @@ class Callables:
 
     def run(self, case, inputs, layout):
         op = OPERATORS[case.op]
+        if case.op == "qwen35":
+            return Answer(None, "SKIP", "a whole model is for programs and files; for one in Python use trace and diff")
         try:
             outputs, device = self._forward(op, inputs, layout)
             if self.backward is not None:
@@ -231,7 +235,7 @@ def load_callable(spec):
         target = module
         for part in function.split("."):
             target = getattr(target, part)
-    except BaseException as error:                                         # SystemExit too: it is the module's, not ours
+    except BaseException as error:                                         # the module's SystemExit too
         raise InputError(f"{spec} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(target):
         raise InputError(f"{spec} is a {type(target).__name__}, not a function")
@@ -265,20 +269,22 @@ class Worker:
     """
 
     def __init__(self, forward, backward=None, *, array=None, device=None, dtype="float32", timeout=20.0):
-        self.setup = dict(forward=forward, backward=backward, array=array, device=device, dtype=dtype, path=sys.path)
+        self.setup = dict(forward=forward, backward=backward, array=array, device=device, dtype=dtype)
         self.timeout = timeout
         self.process = None
         self._start()
 
     def _start(self):
+        path = os.pathsep.join(filter(None, sys.path))                     # the child finds what this process finds
         self.process = subprocess.Popen([sys.executable, "-m", "deltanet_ref.oracle.worker"], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, start_new_session=os.name == "posix")
+                                        stdout=subprocess.PIPE, start_new_session=os.name == "posix",
+                                        env=os.environ | {"PYTHONPATH": path})
         self.replies = queue.SimpleQueue()
         threading.Thread(target=_read_replies, args=(self.process.stdout, self.replies), daemon=True).start()
         reply = self._ask(self.setup, START_SECONDS)
         if not isinstance(reply, dict):
             self.close()
-            raise InputError(reply or f"{self.setup['forward']} cannot be imported: it did not finish in {START_SECONDS} s")
+            raise InputError(reply or f"{self.setup['forward']} was not imported within {START_SECONDS} s")
         self.provenance, self.array = reply["provenance"], reply["array"]
 
     def run(self, case, inputs, layout):
@@ -311,7 +317,8 @@ class Worker:
     def close(self):
         if self.process is not None:
             _end(self.process)
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):                     # what it had not read yet
+                self.process.stdin.close()
             self.process = None
 
 
@@ -325,10 +332,8 @@ def _read_replies(stream, replies):
 
 def _end(process):
     """Kill the process and what it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):         # it has ended by itself
         os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -350,7 +355,7 @@ class Program:
             raise InputError(f"the command {command!r} must contain {{in}} and {{out}}, the files to read and to write")
         self.format, self.timeout, self.dtype = format, timeout, dtype
         self.directory = tempfile.TemporaryDirectory(prefix="deltanet-ref-")
-        self.provenance = _program_facts(self.words[0])
+        self.provenance = _program_facts(self.words)
 
     def run(self, case, inputs, layout):
         source, target = (Path(self.directory.name) / f"{name}.{self.format}" for name in ("in", "out"))
@@ -358,8 +363,8 @@ class Program:
         target.unlink(missing_ok=True)
         words = [word.replace("{in}", str(source)).replace("{out}", str(target)) for word in self.words]
         try:
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                       start_new_session=os.name == "posix")
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, start_new_session=os.name == "posix")
         except OSError as error:
             raise InputError(f"the program {words[0]} cannot be run: {error.strerror}") from error
         try:
@@ -369,8 +374,8 @@ class Program:
         finally:
             _end(process)
         if process.returncode:
-            lines = said.decode("utf-8", "replace").strip().splitlines()
-            return Answer(None, "ERROR", f"the program ended with {_how_it_ended(process)}" + (f": {lines[-1]}" if lines else ""))
+            last = said.decode("utf-8", "replace").strip().rpartition("\n")[2]
+            return Answer(None, "ERROR", f"the program ended, {_how_it_ended(process)}" + (last and f": {last}"))
         if not target.exists():
             return Answer(None, "ERROR", "the program wrote no answer: {out} is not there")
         return _answer_from(target, case, layout)
@@ -418,10 +423,11 @@ def _in_dtype(inputs, dtype):
             for name, value in inputs.items()}
 
 
-def _program_facts(name):
-    from shutil import which
-
-    path = which(name)
-    if path is None:
-        raise InputError(f"the program {name} cannot be found: give its path, such as ./{name}")
-    return f"{Path(path).resolve()} (sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]})"
+def _program_facts(words):
+    """The program and the files among its words, such as a script, each with the beginning of its sha256."""
+    program = shutil.which(words[0])
+    if program is None:
+        raise InputError(f"the program {words[0]} cannot be found: give its path, such as ./{words[0]}")
+    files = [Path(program), *(Path(word) for word in words[1:] if Path(word).is_file())]
+    return ", ".join(f"{path.resolve()} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
+                     for path in files)

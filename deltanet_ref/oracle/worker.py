@@ -13,7 +13,6 @@ def main():
         replies.flush()
 
     setup = pickle.load(questions)
-    sys.path[:] = [os.getcwd(), *setup["path"]]
     from deltanet_ref.errors import InputError
     from deltanet_ref.oracle.runners import Callables, load_callable
     try:

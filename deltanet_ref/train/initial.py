@@ -9,20 +9,21 @@ from deltanet_ref.model.weights import Weights
 STANDARD_DEVIATION = 0.02          # of the matrices; those that write into the residual stream have less, see below
 TO_RESIDUAL = ("ssm_out.weight", "attn_output.weight", "ffn_down.weight")
 DECAY = (1.0, 16.0)                # -ssm_a = exp(A_log), uniform
-STEP_SIZE = (1e-3, 0.1)            # softplus(dt_bias), log-uniform: at a = 0 a state fades over 1 / (step size * decay) tokens
+STEP_SIZE = (1e-3, 0.1)            # softplus(dt_bias), log-uniform; a state fades over 1 / (step size x decay) tokens
 
 
 def new_model(config, seed, dtype="float32"):
     """Draw the tensors of a new model: Weights, dense.
 
-    matrices          normal, 0.02; ssm_out, attn_output, ffn_down 0.02 / sqrt(2 layers), as 2 layers of them add up in the
-                      residual stream (Radford et al. 2019, section 2.3)
+    matrices          normal, 0.02; ssm_out, attn_output, ffn_down 0.02 / sqrt(2 layers), as 2 layers of them add up in
+                      the residual stream (Radford et al. 2019, section 2.3)
     ssm_a, ssm_dt     decay uniform in [1, 16], step size log-uniform in [0.001, 0.1] (Gu and Dao 2023, section 3.6)
     convolution       uniform in +- 1 / sqrt(K);  norms 1
     """
     rng = np.random.default_rng(seed)
-    draw = {name: _initial(name, spec.shape, config, rng).astype(dtype) for name, spec in expected_tensors(config).items()}
-    return Weights(config, draw, dtype)
+    drawn = {name: _initial(name, spec.shape, config, rng).astype(dtype)
+             for name, spec in expected_tensors(config).items()}
+    return Weights(config, drawn, dtype)
 
 
 def _initial(name, shape, config, rng):

@@ -24,12 +24,12 @@ class ParallelModel:
     """A model, its parameters, and the threads that share its batches.
 
     parameters      name -> array, to be updated in place: the model's own tensors, but A_log in place of ssm_a
-    loss_and_grads  batch whose labels all count -> mean loss, name -> gradient, summed sequence by sequence in their order:
-                    the same bits for any number of threads
-    dropout         p: in training every feature that a tensor of DROPPED reads (or, a norm, writes) is zero with probability
-                    p and divided by 1 - p otherwise, one draw for a whole sequence (Gal and Ghahramani 2016). A feature
-                    multiplies one column, so it is the column that is scaled, and its gradient in the same way; the
-                    operators know nothing of it.
+    loss_and_grads  batch whose labels all count -> mean loss, name -> gradient; summed by sequences, so the same bits
+                    for any number of threads
+    dropout         p: in training every feature that a tensor of DROPPED reads (or, a norm, writes) is zero with
+                    probability p and divided by 1 - p otherwise, one draw for a whole sequence (Gal and Ghahramani
+                    2016). A feature multiplies one column, so it is the column that is scaled, and its gradient in the
+                    same way; the operators know nothing of it.
     """
 
     def __init__(self, model, threads, dropout=0.0, seed=0):
@@ -94,8 +94,8 @@ def _trained_name(name):
 def keep_freed_memory():
     """Tell glibc to keep what is freed and never to map single arrays.
 
-    Otherwise each large array is mapped and unmapped, the threads wait for each other in the kernel, and two of them are no
-    faster than one (measured on 2 cores: 3.4 instead of 7.1 thousand tokens/s). Does nothing on other systems.
+    Otherwise each large array is mapped and unmapped, the threads wait for each other in the kernel, and two of them
+    are no faster than one (measured on 2 cores: 3.4 instead of 7.1 thousand tokens/s). Nothing on other systems.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)       # musl has none

@@ -10,7 +10,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType
 
-from deltanet_ref import ops
+from deltanet_ref.backends import BACKENDS, get_backend, threads
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import ensure_writable
 from deltanet_ref.formats.gguf import write_gguf
@@ -75,7 +75,7 @@ OPTIONS = (
 # ---- documents and batches
 
 def encode_documents(text, tokenizer):
-    """The documents of a text (a blank line between them): int32 arrays, each the end token, the text, the end token."""
+    """The documents of a text, a blank line between them: int32 arrays, the end token, the text, the end token."""
     end = end_token(tokenizer)
     parts = (part.strip("\n") for part in text.split("\n\n"))
     return [np.array([end, *tokenizer.encode(part), end], np.int32) for part in parts if part]
@@ -146,6 +146,7 @@ def add_arguments(parser):
     parser.add_argument("--name", default="tiny", help="general.name of the file (default tiny)")
     parser.add_argument("--description", default="", help="general.description of the file")
     parser.add_argument("--license", default="", help="general.license of the file")
+    parser.add_argument("--backend", choices=BACKENDS, default="numba", help="what computes it (default numba)")
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int, help="optimizer steps")
     length.add_argument("--minutes", type=float, help="as many steps as fit in this time, judged by the first batches")
@@ -158,7 +159,7 @@ def run(args):
     directory = args.tokenizer.parent if args.tokenizer.is_file() else args.tokenizer
     tokenizer = Tokenizer.from_hf(directory)
     config = make_config(args, tokenizer.vocab_size)
-    model = Qwen35(config, new_model(config, args.seed), backend=ops, tokenizer=tokenizer)
+    model = Qwen35(config, new_model(config, args.seed), backend=get_backend(args.backend), tokenizer=tokenizer)
     stored_tensors(model.weights, args.type)        # refuses a type that does not fit now, not at the end
     end = end_token(tokenizer)
     about = {f"general.{key}": getattr(args, key) for key in ("name", "description", "license") if getattr(args, key)}
@@ -173,8 +174,7 @@ def run(args):
                  f"{sum(map(len, documents)):,} tokens")
 
     keep_freed_memory()
-    from threadpoolctl import threadpool_limits
-    with threadpool_limits(1):
+    with threads(model.backend, 1):                 # of the operators: the sequences are what is shared out
         parallel = ParallelModel(model, args.threads, args.dropout, args.seed)
         batches = stream_batches(documents, args.batch_size, args.seq_len, args.seed)
         timed = stream_batches(documents, args.batch_size, args.seq_len, args.seed)
