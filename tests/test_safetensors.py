@@ -26,12 +26,13 @@ def test_reads_what_the_library_reads():
 def test_the_library_reads_what_is_written(tmp_path):
     rng = np.random.default_rng(2)
     tensors = {"a": rng.standard_normal((3, 5)).astype(np.float32), "t": rng.standard_normal((7, 2)).T,
-               "i": np.arange(9), "h": rng.standard_normal(4).astype(np.float16), "b": np.array([True, False])}
+               "i": np.arange(9), "h": rng.standard_normal(4).astype(np.float16), "b": np.array([True, False]),
+               "n": np.array(2.5)}
     write_safetensors(tmp_path / "a.safetensors", tensors, {"format": "pt"})
     theirs, ours = load_file(tmp_path / "a.safetensors"), read_safetensors(tmp_path / "a.safetensors")
     for name, values in tensors.items():
         for read in (theirs[name], ours[name]):
-            assert read.dtype == values.dtype and np.array_equal(read, values)
+            assert (read.dtype, read.shape) == (values.dtype, values.shape) and np.array_equal(read, values)
     with safe_open(tmp_path / "a.safetensors", "numpy") as f:
         assert f.metadata() == {"format": "pt"}
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]

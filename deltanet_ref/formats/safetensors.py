@@ -1,18 +1,20 @@
 """safetensors files and HF's sharded directories of them: a lazily read mapping of arrays, and writing."""
 import json
+import math
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import atomic_write
 
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-          "U8": "u1", "BOOL": "?"}
+DTYPES = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "I32": "<i4", "BF16": "<u2", "F16": "<f2", "I16": "<i2", "I8": "i1",
+          "U8": "u1", "BOOL": "?"}      # the library writes tensors in this order of their dtypes: all stay aligned
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items() if name != "BF16"}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -46,6 +48,10 @@ class SafeTensors(Mapping):
 
     def shape(self, name):
         return self._stored[name].shape
+
+    def stored(self, name):
+        """The tensor as it lies in the file, a StoredTensor."""
+        return self._stored[name]
 
 
 def read_safetensors(path):
@@ -90,6 +96,31 @@ def _open(path):
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Writes name -> array, to a temporary name that is renamed when it is whole. metadata: str -> str, or None."""
-    with atomic_write(path) as temporary:
-        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, temporary, metadata)
+    """Writes a .safetensors file, to a temporary name that is renamed when it is whole.
+
+    tensors: name -> array, or (raw, dtype, shape) with safetensors' name of the dtype, as for BF16, and raw an array of
+    so many bytes or a function that returns one, called when the tensor is written. metadata: str -> str, or None.
+    Layout (github.com/huggingface/safetensors): a u64 length, so many bytes of JSON, the data one after the other.
+    """
+    stored = {name: tensor if isinstance(tensor, tuple) else _stored(tensor) for name, tensor in tensors.items()}
+    place = {dtype: i for i, dtype in enumerate(DTYPES)}
+    stored = dict(sorted(stored.items(), key=lambda item: (place[item[1][1]], item[0])))
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name, (_, dtype, shape) in stored.items():
+        start, end = end, end + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as temporary, open(temporary, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name, (raw, _, _) in stored.items():
+            f.write(np.ascontiguousarray(raw() if callable(raw) else raw))
+            if f.tell() != 8 + len(text) + header[name]["data_offsets"][1]:
+                raise ValueError(f"{name} is not as large as its dtype and shape say")
+
+
+def _stored(array):
+    """An array as write_safetensors takes other tensors."""
+    array = np.asarray(array, order="C")         # ascontiguousarray would make 0-D 1-D
+    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return array.reshape(-1).view(np.uint8), NAMES[array.dtype], array.shape
