@@ -43,6 +43,8 @@ def main():
     if args.memory:
         print(json.dumps(extra_memory(*args.memory, args.threads)))
         return
+    from deltanet_ref.train.memory import keep_freed_memory
+    keep_freed_memory()                                    # for all engines, as in training: else new pages are timed too
     rows = [row for size in SIZES for row in measure(size, args)]
     record = dict(machine=machine(), threads=args.threads, rounds=args.rounds, versions=versions(), commit=commit(),
                   date=datetime.date.today().isoformat(), rows=rows)
@@ -176,7 +178,7 @@ def machine():
 
 
 def versions():
-    packages = ("numpy", "scipy", "numba", "torch", "transformers")
+    packages = ("numpy", "scipy", "numba", "torch", "transformers", "xllamacpp")
     from threadpoolctl import threadpool_info
     kernels = {library["architecture"] for library in threadpool_info() if library["internal_api"] == "openblas"}
     return {"python": platform.python_version()} | {

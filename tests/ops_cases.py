@@ -4,10 +4,12 @@ forward   maps the arguments to the tuple of outputs that gradients come in for,
 backward  maps those gradients and the cache to the gradients of the arguments, in their order
 """
 from typing import Callable, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 
 from deltanet_ref import ops
+from deltanet_ref.ops import linear_cross_entropy
 
 
 class Case(NamedTuple):
@@ -65,6 +67,14 @@ def _one_gradient(f):
     return backward
 
 
+def _in_blocks(f):
+    """f with 4 rows of the vocabulary at a time."""
+    def with_small_blocks(*arguments, **options):
+        with patch.object(linear_cross_entropy, "BLOCK", 4):
+            return f(*arguments, **options)
+    return with_small_blocks
+
+
 def _decay_gate(a, b, A_log, dt_bias):
     g, beta, cache = ops.decay_gate_forward(a, b, A_log, dt_bias)
     return (g, beta), cache
@@ -105,6 +115,11 @@ CASES = {
                           (_random(6, 11),)),
     "cross_entropy-count": Case(_one(ops.cross_entropy_forward, labels=LABELS, count=17),
                                 _one_gradient(ops.cross_entropy_backward), (_random(6, 11),)),
+    "linear_cross_entropy": Case(_one(ops.linear_cross_entropy_forward, labels=LABELS),
+                                 ops.linear_cross_entropy_backward, (_random(6, 5), _random(11, 5))),
+    "linear_cross_entropy-blocks": Case(_one(_in_blocks(ops.linear_cross_entropy_forward), labels=LABELS, count=17),
+                                        _in_blocks(ops.linear_cross_entropy_backward),
+                                        (3 * _random(6, 5), _random(11, 5))),
 }
 
 

@@ -284,7 +284,7 @@ def test_embedding_and_convolution_factors_are_listed_as_unusable(tmp_path):
     extra = ["base_model.model.model.embed_tokens.lora_embedding_A", "base_model.model.lm_head.lora_A.weight",
              "base_model.model.model.layers.0.linear_attn.conv1d.lora_B.weight"]
     weights |= {key: np.ones((2, 2), np.float32) for key in extra}
-    with pytest.raises(InputError, match="3 for no linear layer of this model") as error:
+    with pytest.raises(InputError, match="3 beyond scale B A on this model's linear layers") as error:
         load_adapter(edit_peft(source, tmp_path / "peft", weights), fixture_model("eq"))
     for key in extra:
         assert key in str(error.value)

@@ -123,6 +123,24 @@ def test_norms_and_gates_of_any_size_equal_ops(seed, B, L, H, d):
 
 
 @settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2 ** 31), st.integers(1, 3), st.integers(1, 200), st.integers(1, 20), st.integers(1, 300))
+def test_thin_products_added_and_adamw_of_any_size_equal_ops(seed, B, L, r, out):
+    rng = np.random.default_rng(seed)
+    h, b = rng.standard_normal((B, L, r)), rng.standard_normal((out, r))
+    y, m, g = rng.standard_normal((3, B, L, out))
+    options = dict(t=3, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.2)
+
+    def results(backend):
+        added, p, m_new, v_new = y.copy(), y.copy(), m.copy(), np.abs(m)
+        backend.linear_add(added, h, b)
+        backend.adamw_update(p, g, m_new, v_new, **options)
+        return added, p, m_new, v_new
+
+    for found, expected in zip(results(nb), results(ops), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_convolution_of_any_size_equals_ops(data):
     """Channels around the tile of 512, 1 to 5 taps, packed with sequences that are empty or shorter than the kernel."""
@@ -309,6 +327,11 @@ def large_results(dtype):
     g, beta, decay = nb.decay_gate_forward(x[:, :, 0], z[:, :, 0], w, bias)
     y, _, conv = nb.causal_conv1d_forward(flat, rng.standard_normal((520, 4)).astype(dtype), cu_seqlens=[0, 7, 300])
     loss, entropy = nb.cross_entropy_forward(flat[0], rng.integers(0, 520, 300))
+    head, added, p = rng.standard_normal((5000, 130)).astype(dtype), np.zeros_like(x), x.copy()
+    labels = np.where(np.arange(300) % 3, rng.integers(0, 5000, 300), -100)
+    joined, one_pass = nb.linear_cross_entropy_forward(x[0, :, 0], head, labels)
+    nb.linear_add(added[0], x[0, ..., :16], head[:130, :16])
+    nb.adamw_update(p, dy, x.copy(), z * z, t=2, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     rms, gated = nb.rms_norm_forward(x, w, 1e-6), nb.gated_rms_norm_forward(x, z, w, 1e-6)
     l2, swiglu, gate = nb.l2_norm_forward(x), nb.swiglu_forward(x, z), nb.sigmoid_gate_forward(x, z)
     return {"delta rule": list(delta_rule(nb, q_d, k_d, v_d, gates, do_d, dS, cu_seqlens=[0, 70, 171, 300]).values()),
@@ -317,6 +340,8 @@ def large_results(dtype):
             "decay gate": [g, beta, *nb.decay_gate_backward(g, beta, decay)],
             "convolution": [y, *nb.causal_conv1d_backward(dflat, None, conv)],
             "cross-entropy": [np.asarray(loss), nb.cross_entropy_backward(1.0, entropy)],
+            "head": [np.asarray(joined), *nb.linear_cross_entropy_backward(1.0, one_pass)],
+            "update": [added, p],
             "norms": [l2[0], nb.l2_norm_backward(dy, l2[1]), rms[0], *nb.rms_norm_backward(dy, rms[1]),
                       gated[0], *nb.gated_rms_norm_backward(dy, gated[1])],
             "gates": [swiglu[0], *nb.swiglu_backward(dy, swiglu[1]), gate[0], *nb.sigmoid_gate_backward(dy, gate[1])],
@@ -402,6 +427,7 @@ def test_shapes_are_refused_as_ops_refuses_them():
                  lambda o: o.cross_entropy_forward(x[0, 0], np.array([0, 4])),
                  lambda o: o.cross_entropy_forward(x[0, 0], np.array([0])),
                  lambda o: o.cross_entropy_forward(x[0, 0], np.array([0, 1]), count=0),
+                 lambda o: o.linear_cross_entropy_forward(x[0, 0], w[None, :3], np.array([0, 0])),
                  lambda o: o.gated_delta_rule_forward(x, x, x, g=w, beta=w)):
         messages = []
         for backend in (ops, nb):

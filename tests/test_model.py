@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import deltanet_ref as dr
+from deltanet_ref.model.block import KEEP, block_forward_keeping, is_attention
 from deltanet_ref.model.tensors import expected_tensors, to_gguf_form, v_head_index
 from tests.delta_rule import relative
 from tests.paths import FIXTURES
@@ -241,13 +242,14 @@ def test_nothing_to_train_gives_zero_loss_and_zero_gradients():
     assert loss == 0 and set(grads) == set(model.weights) and not any(g.any() for g in grads.values())
 
 
-def test_the_head_in_slices_gives_the_same_loss_and_gradients(monkeypatch):
+def test_the_head_in_blocks_of_the_vocabulary_gives_the_same_loss_and_gradients(monkeypatch):
     model, ids = dr.load_model(gguf("eq"), dtype="float64"), tokens("eq", "t65")
     loss, grads = model.loss_and_grads(ids, ids)
-    monkeypatch.setattr("deltanet_ref.model.qwen35.HEAD_BYTES", 9 * 480 * 8)
-    sliced, sliced_grads = model.loss_and_grads(ids, ids)
-    assert abs(sliced / loss - 1) < 1e-14
-    assert relative(sliced_grads["token_embd.weight"], grads["token_embd.weight"]) < 1e-13
+    monkeypatch.setattr("deltanet_ref.ops.linear_cross_entropy.BLOCK", 37)
+    blocked, blocked_grads = model.loss_and_grads(ids, ids)
+    assert abs(blocked / loss - 1) < 1e-14 and model.loss(ids, ids) == blocked
+    for tensor in grads:
+        assert relative(blocked_grads[tensor], grads[tensor]) < 1e-13, tensor
 
 
 # ---- adapters on the model
@@ -320,8 +322,67 @@ def test_backward_of_lora_touches_nothing_below_the_lowest_adapted_block(monkeyp
             return _original(*args, **options)
         monkeypatch.setattr(model.backend, op, counted)
     model.loss_and_grads(ids, ids, wrt="lora")
-    # the head; block 3 (attention): 4 projections and 3 of the mlp; block 2: ffn_down alone
-    assert visited == ["linear_backward_input"] * (1 + 7 + 1)
+    # block 3 (attention): 4 projections and 3 of the mlp; block 2: ffn_down, then db, da of ffn_up and what leads there
+    assert visited == ["linear_backward_input"] * (7 + 1 + 1) + ["linear_backward_weight"] * 2
+
+
+# ---- less memory between forward and backward
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("wrt", ["all", "lora"])
+def test_what_is_kept_for_the_backward_does_not_change_a_bit(backend, wrt):
+    model = dr.load_model(gguf("grouped"), backend=backend)
+    for seed in (1, 2):
+        model.attach(random_adapter(model, ["ffn_up", "ffn_down", "attn_qkv", "ssm_beta", "attn_q"][seed:], seed=seed),
+                     trainable=seed == 2)
+    ids = np.random.default_rng(0).integers(0, 440, (1, 93))
+    (loss, grads), *others = (model.loss_and_grads(ids, ids, cu_seqlens=[0, 1, 6, 93], wrt=wrt, keep=keep)
+                              for keep in KEEP)
+    for other_loss, other in others:
+        assert other_loss == loss and other.keys() == grads.keys()
+        assert all(np.array_equal(other[name], grads[name]) for name in grads)
+
+
+def arrays_in(x):
+    """The arrays in nested tuples, lists and dicts."""
+    if isinstance(x, np.ndarray):
+        return [x]
+    parts = x.values() if isinstance(x, dict) else x if isinstance(x, (tuple, list)) else ()
+    return [array for part in parts for array in arrays_in(part)]
+
+
+@every_model
+def test_kept_are_the_numbers_that_the_table_counts(name):
+    """model/block.py's table, by distinct memory; the adapter is rank 3 on every linear map."""
+    model, L = dr.load_model(gguf(name)), 65
+    c = model.config
+    model.attach(random_adapter(model))
+    x, options = np.zeros((1, L, c.hidden_size), np.float32), dict(rope=model._rope(np.arange(L)), cu_seqlens=None)
+    for layer in model.layers:
+        if is_attention(layer):
+            mixer = 2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) + 3 * 4
+        else:
+            mixer = (2 * c.linear_num_key_heads * c.linear_key_head_dim
+                     + 2 * c.linear_num_value_heads * (c.linear_value_head_dim + 1) + 3 * 5)
+        counts = {"inputs": c.hidden_size, "products": 2 * c.hidden_size + mixer + 2 * c.intermediate_size + 3 * 2}
+        for keep, count in counts.items():
+            kept = block_forward_keeping(keep, x, layer, **options)[1]
+            held = {id(array): array for array in arrays_in((kept.x, [(results, [u.h for u in updates])
+                                                                      for results, updates in kept.products.values()]))}
+            assert sum(array.size for array in held.values()) == count * L, (layer.index, keep)
+
+
+def test_with_products_kept_no_product_with_a_weight_is_computed_twice(monkeypatch):
+    model, ids, products = dr.load_model(gguf("grouped")), tokens("grouped", "t65"), []
+    original = model.backend.linear_forward
+    monkeypatch.setattr(model.backend, "linear_forward", lambda x, w: products.append(w.shape) or original(x, w))
+    counts = {}
+    for keep in KEEP:
+        products.clear()
+        model.loss_and_grads(ids, ids, keep=keep)
+        counts[keep] = len(products)
+    assert counts["products"] == counts["everything"] == 3 * 8 + 7
+    assert counts["inputs"] == 2 * counts["everything"] - len(model.layers)            # ffn_down's is not needed
 
 
 # ---- requests that make no sense
@@ -337,6 +398,7 @@ def test_bad_requests_are_refused_with_the_remedy():
             (lambda: model.loss(ids, ids[:, :3]), "aligned"),
             (lambda: model.loss_and_grads(ids, ids, wrt="lora"), "0 are attached"),
             (lambda: model.loss_and_grads(ids, ids, wrt="base"), "'all'"),
+            (lambda: model.loss_and_grads(ids, ids, keep="all"), "'everything', 'products', 'inputs'"),
             (lambda: model.detach("x"), "attached: none"),
             (lambda: model.attach(random_adapter(dr.load_model(gguf("grouped")))), "made for another base"),
             (lambda: dr.load_model(gguf("eq"), backend="cuda"), "not in this version"),

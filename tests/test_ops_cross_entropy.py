@@ -1,11 +1,13 @@
-"""Cross-entropy against scipy's logsumexp, with ignored labels and labels that are no labels."""
+"""Cross-entropy against scipy's logsumexp, with ignored labels and labels that are no labels; with its linear map, in
+one pass over the vocabulary, against the two by themselves."""
 import numpy as np
 import pytest
 from scipy.special import logsumexp, softmax
 
 from deltanet_ref import ops
 from deltanet_ref.errors import InputError
-from deltanet_ref.ops import cross_entropy
+from deltanet_ref.backends import numba_cpu
+from deltanet_ref.ops import cross_entropy, linear_cross_entropy
 
 RNG = np.random.default_rng(6)
 LOGITS = 3 * RNG.standard_normal((6, 11))
@@ -87,3 +89,68 @@ def test_the_first_label_outside_the_vocabulary_is_named(labels, named):
 def test_arguments_that_do_not_fit_are_refused_with_the_remedy(labels, options, remedy):
     with pytest.raises(InputError, match=remedy):
         ops.cross_entropy_forward(LOGITS, labels, **options)
+
+
+# ---- with its linear map
+
+X, W = RNG.standard_normal((6, 5)), RNG.standard_normal((11, 5))
+both_backends = pytest.mark.parametrize("backend", [ops, numba_cpu])
+
+
+@both_backends
+@pytest.mark.parametrize("block", [1, 4, 11, 4096])
+@pytest.mark.parametrize("labels", [LABELS, np.full(6, -100)])
+def test_one_pass_over_blocks_of_the_vocabulary_equals_linear_then_cross_entropy(monkeypatch, backend, block, labels):
+    monkeypatch.setattr(linear_cross_entropy, "BLOCK", block)
+    expected, cache = ops.cross_entropy_forward(ops.linear_forward(X, W), labels)
+    dlogits = ops.cross_entropy_backward(1.5, cache)
+    loss, cache = backend.linear_cross_entropy_forward(X, W, labels)
+    dx, dw = backend.linear_cross_entropy_backward(1.5, cache)
+    np.testing.assert_allclose(loss, expected, rtol=1e-13)
+    np.testing.assert_allclose(dx, ops.linear_backward_input(dlogits, W), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(dw, ops.linear_backward_weight(dlogits, X), rtol=1e-12, atol=1e-14)
+
+
+class Rows:
+    """w, which notes the slices that it is asked for."""
+
+    def __init__(self, w):
+        self.w, self.asked = w, []
+
+    def __len__(self):
+        return len(self.w)
+
+    def __getitem__(self, rows):
+        self.asked.append((rows.start, rows.stop))
+        return self.w[rows]
+
+
+@both_backends
+def test_each_block_of_the_vocabulary_is_decoded_once_for_loss_and_dx(monkeypatch, backend):
+    monkeypatch.setattr(linear_cross_entropy, "BLOCK", 4)
+    w = Rows(W)
+    _, cache = backend.linear_cross_entropy_forward(X, w, LABELS)
+    dx, dw = backend.linear_cross_entropy_backward(1.0, cache, need_dw=False)
+    assert [rows for rows in w.asked if rows != (None, 1)] == [(0, 4), (4, 8), (8, 12)]
+    assert dw is None and not dx[~KEPT].any() and dx[KEPT].any(1).all()
+
+
+@both_backends
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_huge_spread_of_logits_between_blocks_gives_the_difference_as_loss(monkeypatch, backend, dtype):
+    """The largest logit last, then first: what was summed before it becomes zero, what comes after it stays zero."""
+    monkeypatch.setattr(linear_cross_entropy, "BLOCK", 1)
+    w = np.array([[-1e4], [0], [2e4]], dtype)
+    for order in ([0, 1, 2], [2, 1, 0]):
+        loss, cache = backend.linear_cross_entropy_forward(np.ones((1, 1), dtype), w[order], np.array([1]))
+        dx, dw = backend.linear_cross_entropy_backward(1.0, cache)
+        assert loss == dtype(2e4) and dx[0, 0] == dtype(2e4)
+        assert np.array_equal(dw[:, 0], np.array([0, -1, 1])[order])
+
+
+@both_backends
+def test_one_pass_refuses_what_does_not_fit(backend):
+    for arguments, remedy in (((X, W[:, :3], LABELS), "w must be .V, 5."), ((X, W, LABELS[1:]), "must be .6,."),
+                              ((X, W, LABELS + 1), "label 11 at row 0 .*0 .. 10")):
+        with pytest.raises(InputError, match=remedy):
+            backend.linear_cross_entropy_forward(*arguments)

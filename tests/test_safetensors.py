@@ -74,7 +74,9 @@ def test_shards_are_one_mapping(tmp_path):
     ({"weight_map": {"a": "one.safetensors", "c": "two.safetensors", "d": "one.safetensors"}}, "in no shard: c, d"),
     ({"weight_map": {"a": "three.safetensors"}}, "three.safetensors: cannot be read"),
     ({"weight_map": {"a": 7}}, "no safetensors index"), ({"weight_map": ["a"]}, "no safetensors index"),
-    ({}, "no safetensors index"), ([], "no safetensors index")])
+    ({}, "no safetensors index"), ([], "object is needed"),
+    *(({"weight_map": {"a": name}}, "no .safetensors file of this directory") for name in (
+        "../one.safetensors", "/etc/passwd", "..", "a/../one.safetensors", r"..\one.safetensors", "one.bin"))])
 def test_index_that_lies_is_refused(index, reason, tmp_path):
     shards(tmp_path, index)
     with pytest.raises(InputError, match=reason):

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 
+from deltanet_ref import ops
+from deltanet_ref.backends import numba_cpu
 from deltanet_ref.errors import InputError
 from deltanet_ref.train.adamw import AdamW, clip_by_global_norm
 from deltanet_ref.train.schedule import schedule
@@ -11,9 +13,10 @@ NAMES = ("a", "b")
 STEPS = len(TORCH["learning_rates"])
 
 
-def test_six_clipped_steps_equal_torch():
+@pytest.mark.parametrize("backend", [ops, numba_cpu])
+def test_six_clipped_steps_equal_torch(backend):
     parameters = {name: TORCH[f"{name}/0"].copy() for name in NAMES}
-    optimizer = AdamW(tuple(TORCH["betas"]), float(TORCH["eps"]), float(TORCH["weight_decay"]))
+    optimizer = AdamW(tuple(TORCH["betas"]), float(TORCH["eps"]), float(TORCH["weight_decay"]), backend=backend)
     for step in range(1, STEPS + 1):
         gradients = {name: TORCH[f"{name}/gradient/{step}"].copy() for name in NAMES}
         norm = clip_by_global_norm(gradients, float(TORCH["clip"]))

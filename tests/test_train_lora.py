@@ -8,7 +8,7 @@ import deltanet_ref as dr
 from deltanet_ref.train.batches import IGNORED, Example
 from deltanet_ref.train.lora import TrainOptions, prepare, read_rows, train
 from deltanet_ref.train.loop import EvalRecord, TrainRecord
-from deltanet_ref.train.report import format_count, format_record, format_trainable, text_plot
+from deltanet_ref.train.report import format_count, format_peaks, format_record, format_trainable, text_plot
 from tests.paths import FIXTURES
 
 WORDS = ["alpha", "beta", "gamma", "delta", "rule", "gate"]
@@ -98,6 +98,26 @@ def test_adapter_trains_beside_another_and_keeps_its_own_scale_and_name():
     assert all(np.array_equal(before[name], other.tensors[name]) for name in before)
     assert np.any(own.tensors["blk.0.attn_qkv.weight.lora_b"])
     assert (model.adapters["own"].scale, model.adapters["own"].trainable) == (0.5, True)
+
+
+def test_checkpointing_gives_the_same_adapter_to_the_bit():
+    def factors(checkpoint):
+        model = dr.load_model(FIXTURES / "eq" / "eq-f32.gguf", backend="numba")
+        adapter = dr.new_adapter(model, rank=2, alpha=4, seed=3)
+        train(model, adapter, ROWS, steps=3, batch_size=3, lr=0.01, checkpoint=checkpoint)
+        return adapter.tensors
+
+    plain, checkpointed = factors(False), factors(True)
+    assert all(np.array_equal(plain[name], checkpointed[name]) for name in plain)
+
+
+def test_the_report_tells_the_peaks_of_loading_compiling_and_training_apart():
+    for steps, phases in ((1, ["load", "first step"]), (3, ["load", "first step", "later steps"])):
+        model = load()
+        report = train(model, dr.new_adapter(model, rank=2, targets="attn_qkv"), ROWS, steps=steps)
+        assert list(report.peak_memory) == phases and all(peak > 1e6 for peak in report.peak_memory.values())
+    assert format_peaks({"load": 610_000_000, "first step": 1_415_000_000}) == (
+        "Peak memory: load 0.61 GB, first step 1.42 GB")
 
 
 def test_epochs_say_how_many_steps():

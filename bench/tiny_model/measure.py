@@ -14,7 +14,7 @@ import deltanet_ref as dr
 from corpus import HELD_OUT
 from deltanet_ref.demo import demo
 from deltanet_ref.train.evaluate import mean_loss
-from deltanet_ref.train.parallel import keep_freed_memory
+from deltanet_ref.train.memory import keep_freed_memory
 from deltanet_ref.train.pretrain import encode_documents, windows
 
 HERE = Path(__file__).parent

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from deltanet_ref.cli.model import add_adapter_argument, add_model_arguments, load
 from deltanet_ref.errors import InputError
+from deltanet_ref.model.generate import prompt_prefix
 
 EPILOG = """\
 example:
@@ -40,8 +41,9 @@ def run(args):
         if model.tokenizer.chat_template is None:
             raise InputError(f"{args.model}: has no chat template; leave --chat out")
         thinking = {"enable_thinking": False} if args.no_thinking else {}
-        prompt = model.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
-                                                     **thinking)
+        question = {"role": "user", "content": prompt_prefix(model) + prompt}
+        prompt = model.tokenizer.encode(model.tokenizer.apply_chat_template([question], add_generation_prompt=True,
+                                                                            **thinking))
     import deltanet_ref as dr
 
     start, pieces = time.perf_counter(), []

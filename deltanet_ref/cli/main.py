@@ -19,8 +19,13 @@ COMMANDS = {
     "train": ("deltanet_ref.cli.train", "make a LoRA adapter from a model and a JSONL file"),
     "eval": ("deltanet_ref.cli.evaluate", "loss, perplexity and bits per byte over a data set"),
     "pretrain": ("deltanet_ref.train.pretrain", "train a small model from scratch, all parameters"),
+    "convert": ("deltanet_ref.cli.convert", "an adapter or a base model between GGUF, PEFT and HF"),
+    "merge": ("deltanet_ref.cli.merge", "a base model with adapters worked in, as GGUF or HF"),
+    "verify": ("deltanet_ref.cli.verify", "does this adapter fit this base, and does it do anything"),
     "trace": ("deltanet_ref.cli.trace", "every named tensor of a forward and its backward, in a file"),
     "diff": ("deltanet_ref.cli.diff", "where two traces part first, and why; drift of a model from itself"),
+    "check": ("deltanet_ref.cli.check", "judge another implementation of the gated delta rule, and say what is wrong with it"),
+    "vectors": ("deltanet_ref.cli.vectors", "the cases that check uses, as files"),
     "demo": ("deltanet_ref.demo.demo", "adapt the embedded model, show before and after"),
 }
 

@@ -1,9 +1,11 @@
 """What the commands that run a model share: its options, loading it, attaching adapters."""
+import math
 import os
 import sys
 
 from deltanet_ref.backends import BACKENDS
 from deltanet_ref.errors import InputError
+from deltanet_ref.model.weights import MODES
 
 
 def add_model_arguments(parser):
@@ -12,6 +14,9 @@ def add_model_arguments(parser):
                         help=f"{', '.join(BACKENDS)}, or auto for the fastest there is (default)")
     parser.add_argument("--dtype", default="float32", metavar="NAME",
                         help="float32 (default) or float64, of the computation")
+    parser.add_argument("--weights", default="auto", metavar="MODE",
+                        help=f"of a GGUF: {', '.join(MODES)}; mapped decodes a tensor at each use, expanded once; auto (default) "
+                             "keeps what is slow to decode, if half of the free memory holds it")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
 
 
@@ -25,12 +30,15 @@ def load(args):
     limit_threads(args.threads)
     import deltanet_ref as dr
 
-    model = dr.load_model(args.model, backend=args.backend, dtype=args.dtype)
+    model = dr.load_model(args.model, backend=args.backend, dtype=args.dtype, weights=args.weights)
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
     for spec in getattr(args, "adapter", []):
         path, scale = split_scale(spec)
-        model.attach(dr.load_adapter(path, model), scale=scale)
+        adapter = dr.load_adapter(path, model)
+        for note in adapter.notes:
+            print(f"note: {path}: {note}", file=sys.stderr)
+        model.attach(adapter, scale=scale)
     if model.tokenizer is None:
         raise InputError(f"{args.model}: has no tokenizer; convert the model with its tokenizer files beside it")
     return model
@@ -42,9 +50,12 @@ def split_scale(spec):
     if not equals or os.path.exists(spec):
         return spec, 1.0
     try:
-        return path, float(scale)
+        number = float(scale)
     except ValueError:
-        raise InputError(f"--adapter {spec}: {scale!r} is no number; write FILE or FILE=SCALE") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"--adapter {spec}: {scale!r} is no number; write FILE or FILE=SCALE")
+    return path, number
 
 
 def limit_threads(threads):
@@ -58,3 +69,22 @@ def limit_threads(threads):
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(threads)
+
+
+def refuse_input_as_output(output, *inputs):
+    """Raises InputError when the output is one of the input files (None: not given)."""
+    for path in inputs:
+        if path and os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
+            raise InputError(f"{output}: is an input too; give the output another name")
+
+
+def losses_by_type(losses):
+    """Lines that sum up what tensors lost by being encoded anew; "" for none. losses: model.convert.Written."""
+    types, lines = dict.fromkeys(w.type for w in losses), []
+    for kind in types:
+        errors = {w.name: w.error for w in losses if w.type == kind}
+        worst = max(errors, key=errors.get)
+        mean = sum(errors.values()) / len(errors)
+        lines.append(f"{len(errors)} tensors as {kind.name}: relative error {mean:.2e} on average, at most "
+                     f"{errors[worst]:.2e} ({worst})\n")
+    return "".join(lines)

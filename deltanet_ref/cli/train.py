@@ -10,7 +10,8 @@ from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import ensure_writable
 from deltanet_ref.train.lora import TrainOptions, flag, prepare, run as run_training
 from deltanet_ref.train.data import read_dataset
-from deltanet_ref.train.report import Console, load_matplotlib
+from deltanet_ref.train.memory import keep_freed_memory
+from deltanet_ref.train.report import Console, format_peaks, load_matplotlib
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -55,6 +56,7 @@ def add_arguments(parser):
 def run(args):
     options = TrainOptions(**{option.name: getattr(args, option.name) for option in fields(TrainOptions)})
     check_outputs(args)
+    keep_freed_memory()
     rows = read_dataset(args.data)
     model = load(args)
     from deltanet_ref.lora.adapter import new_adapter
@@ -68,6 +70,7 @@ def run(args):
     if args.plot:
         report.save_plot(args.plot)
     print(report.text_plot())
+    print(format_peaks(report.peak_memory))
     if report.interrupted:
         print(f"Interrupted after {report.steps} steps.", file=sys.stderr)
     print(f"Saved {args.output} ({os.path.getsize(args.output) / 1e6:.2f} MB) after {report.steps} steps, "

@@ -11,7 +11,7 @@ from deltanet_ref.formats.files import ensure_writable
 from deltanet_ref.formats.gguf import read_gguf
 from deltanet_ref.train.data import encode_dataset, read_dataset
 from deltanet_ref.train.evaluate import evaluate
-from deltanet_ref.train.parallel import keep_freed_memory
+from deltanet_ref.train.memory import keep_freed_memory
 from deltanet_ref.train.report import Console, format_count
 
 HERE = Path(__file__).parent

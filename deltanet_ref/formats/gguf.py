@@ -250,7 +250,8 @@ def write_gguf(path, metadata, tensors):
 
     metadata: name -> value. bool, str, int (stored as UINT32), float (FLOAT32), a NumPy scalar or 1-D array (its own
     type), a list of str, bool, int (INT32) or float (FLOAT32).
-    tensors: name -> array of float or signed integers, or (raw uint8 array, type, shape) for any other type.
+    tensors: name -> array of float or signed integers, or (raw uint8 array, type, shape) for any other type. raw may be
+    a function that returns the array: it is called when the tensor is written, so that few need to be in memory.
     Raises InputError for values that GGUF cannot hold.
     """
     alignment = _alignment(metadata)
@@ -258,14 +259,14 @@ def write_gguf(path, metadata, tensors):
     header = [MAGIC, struct.pack("<IQQ", VERSIONS[-1], len(stored), len(metadata))]
     header += [_packed_string(key) + _packed_value(key, value) for key, value in metadata.items()]
     offset = 0
-    for name, (raw, kind, shape) in stored.items():
+    for name, (_, kind, shape) in stored.items():
         header.append(_packed_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind, offset))
-        offset += _padded(raw.nbytes, alignment)
+        offset += _padded(stored_bytes(kind, shape), alignment)
     with atomic_write(path) as temporary, open(temporary, "wb") as f:
         f.write(b"".join(header))
-        for raw, _, _ in stored.values():
+        for name, (raw, kind, shape) in stored.items():
             f.write(bytes(-f.tell() % alignment))
-            f.write(raw)
+            f.write(_checked(name, raw(), kind, shape) if callable(raw) else raw)
         f.write(bytes(-f.tell() % alignment))
 
 
@@ -285,14 +286,18 @@ def _stored(name, tensor):
         raise InputError(f"the tensor name {name!r} is longer than the {MAX_NAME_BYTES} bytes that llama.cpp reads")
     if isinstance(tensor, tuple):
         raw, kind, shape = tensor
-        if raw.nbytes != stored_bytes(kind, shape):
-            raise InputError(f"the tensor {name!r}, {shape} as {kind.name}, needs {stored_bytes(kind, shape)} bytes, "
-                             f"{raw.nbytes} were given")
-    elif tensor.dtype in TENSOR_TYPES:
-        raw, kind, shape = tensor, TENSOR_TYPES[tensor.dtype], tensor.shape
-    else:
+        stored_bytes(kind, shape)
+        return (raw if callable(raw) else _checked(name, raw, kind, shape)), kind, tuple(shape)
+    if tensor.dtype not in TENSOR_TYPES:
         raise InputError(f"the tensor {name!r} is {tensor.dtype}, which GGUF does not have: convert it to float32")
-    return np.ascontiguousarray(raw), kind, tuple(shape)
+    return np.ascontiguousarray(tensor), TENSOR_TYPES[tensor.dtype], tensor.shape
+
+
+def _checked(name, raw, kind, shape):
+    if raw.nbytes != stored_bytes(kind, shape):
+        raise InputError(f"the tensor {name!r}, {shape} as {kind.name}, needs {stored_bytes(kind, shape)} bytes, "
+                         f"{raw.nbytes} were given")
+    return np.ascontiguousarray(raw)
 
 
 def _packed_string(text):

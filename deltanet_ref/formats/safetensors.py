@@ -2,6 +2,7 @@
 import json
 import math
 import struct
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +11,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from deltanet_ref.errors import InputError
-from deltanet_ref.formats.files import atomic_write
+from deltanet_ref.formats.files import atomic_write, parse_json, read_json
 
 DTYPES = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "I32": "<i4", "BF16": "<u2", "F16": "<f2", "I16": "<i2", "I8": "i1",
           "U8": "u1", "BOOL": "?"}      # the library writes tensors in this order of their dtypes: all stay aligned
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items() if name != "BF16"}
+MAX_DIMENSIONS = 8
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -64,13 +66,13 @@ def read_safetensors(path):
         return SafeTensors(*_open(path))
     if not (path / INDEX).exists():
         return SafeTensors(*_open(path / SINGLE))
-    try:
-        weight_map = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
-        shards = {name: _open(path / Path(name).name)[0] for name in sorted(set(weight_map.values()))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        if isinstance(e, InputError):
-            raise
-        raise InputError(f"{path / INDEX}: is no safetensors index: fetch it again") from e
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{path / INDEX}: is no safetensors index: fetch it again")
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if not name.endswith(".safetensors") or "/" in name or "\\" in name]:
+        raise InputError(f"{path / INDEX}: names {outside[0]!r}, which is no .safetensors file of this directory")
+    shards = {name: _open(path / name)[0] for name in names}
     missing = sorted(name for name, shard in weight_map.items() if name not in shards[shard])
     if missing:
         raise InputError(f"{path}: tensors that the index names are in no shard: {', '.join(missing)}")
@@ -88,10 +90,14 @@ def _open(path):
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror or 'no such file'}") from e
     start = 8 + int(data[:8].view("<u8")[0])
-    header = json.loads(data[8:start].tobytes())
+    header = parse_json(path, data[8:start].tobytes())
     header.pop("__metadata__", None)
     stored = {name: StoredTensor(t["dtype"], tuple(t["shape"]), data[start:][slice(*t["data_offsets"])])
               for name, t in header.items()}
+    for name, (_, shape, _) in stored.items():
+        if len(shape) > MAX_DIMENSIONS or math.prod(filter(None, shape)) > sys.maxsize // 8:     # what NumPy takes
+            raise InputError(f"{path}: the tensor {name!r} has the shape {shape}: the file is damaged, fetch or convert "
+                             "it again")
     return stored, metadata
 
 

@@ -4,16 +4,22 @@ The merging is ours: the tokenizers library would take twice the time and memory
 199 MiB against 0.30 s and 100 MiB). It serves for the Unicode regex and NFC, and as the oracle in the tests.
 """
 import json
+import os
 import re
-from datetime import datetime
+import subprocess
+import sys
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from heapq import heappop, heappush
+from operator import index
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from deltanet_ref.errors import InputError
+from deltanet_ref.formats.files import read_json, read_text
 from deltanet_ref.formats.gguf import StringArray, read_gguf
 
 # Pre-tokenizers by GGUF name; the regex is the one in the model's tokenizer.json.
@@ -24,10 +30,12 @@ PRE_TOKENIZERS = {
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5      # tokenizer.ggml.token_type
 PREFIX = "tokenizer.ggml."
 NORMALIZERS = {"NFC": normalizers.NFC().normalize_str, None: str}
-LARGEST_VOCABULARY = 1 << 24
+MOST_UNUSED = 1 << 16       # ids below the largest that no token has; the real vocabularies have none
 WORDS_KEPT = 1 << 16        # pre-tokens whose ids are remembered
 TEMPLATE_NAMES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}    # chat template's -> GGUF's
 END_OF_TURN, PADDING = "<|im_end|>", "<|endoftext|>"
+TEMPLATE_PROCESS = Path(__file__).with_name("template_process.py")
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 1 << 29
 
 
 def _byte_alphabet():
@@ -67,7 +75,7 @@ class Tokenizer:
         if ggml.get("model") != "gpt2" or not isinstance(tokens, StringArray) or not isinstance(merges, StringArray):
             raise InputError(f"{file.path}: holds no byte-level BPE vocabulary (tokenizer.ggml.model 'gpt2', tokens, "
                              "merges): use a file that has its tokenizer")
-        if not isinstance(types, np.ndarray) or len(types) != len(tokens):
+        if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != len(tokens):
             raise InputError(f"{file.path}: token_type does not fit the {len(tokens)} tokens: convert it again")
         ids = {key: int(i) for key in ("bos", "eos", "eot", "padding")
                if isinstance(i := ggml.get(f"{key}_token_id"), (int, np.integer)) and 0 <= i < len(tokens)}
@@ -84,21 +92,22 @@ class Tokenizer:
     def from_hf(cls, directory):
         """From tokenizer.json, tokenizer_config.json and chat_template.jinja of an HF directory. Raises InputError."""
         directory = Path(directory)
-        vocabulary, config = _read_json(directory / "tokenizer.json"), {}
+        vocabulary, config = read_json(directory / "tokenizer.json"), {}
         if (directory / "tokenizer_config.json").exists():
-            config = _read_json(directory / "tokenizer_config.json")
+            config = read_json(directory / "tokenizer_config.json")
         try:
             pre = _pre_tokenizer(vocabulary)
             tokens, types, merges = _vocabulary(vocabulary)
         except InputError as e:
             raise InputError(f"{directory / 'tokenizer.json'}: {e}") from e
-        template = config.get("chat_template")
+        template, special = config.get("chat_template"), special_tokens(config)
         if (directory / "chat_template.jinja").exists():
-            template = (directory / "chat_template.jinja").read_text("utf-8")
+            template = read_text(directory / "chat_template.jinja")
         elif isinstance(template, list):
-            template = {t["name"]: t["template"] for t in template}.get("default")
-        special = {name: config[name]["content"] if isinstance(config[name], dict) else config[name]
-                   for name in TEMPLATE_NAMES if config.get(name)}
+            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[0].get("template") if named else None
+        if not isinstance(template, str | None):
+            raise InputError(f"{directory / 'tokenizer_config.json'}: chat_template is no text: fetch it again")
         ends = [tokens.index(special["eos_token"])] if special.get("eos_token") in tokens else []
         return cls(tokens, types, merges, pre=pre, ends=ends, special=special, chat_template=template)
 
@@ -160,17 +169,17 @@ class Tokenizer:
         """
         if not self.chat_template:
             raise InputError("this tokenizer has no chat template: set tokenizer.chat_template to a Jinja text")
-        # A template is code from the file and may fail in any way.
-        try:
-            return _compiled(self.chat_template).render(messages=messages, tools=tools, documents=None,
-                                                        add_generation_prompt=add_generation_prompt,
-                                                        **self._special | template_options)
-        except Exception as e:
-            raise InputError(f"the chat template refuses this conversation: {' '.join(str(e).split())}") from e
+        variables = {"messages": messages, "tools": tools, "documents": None,
+                     "add_generation_prompt": add_generation_prompt} | self._special | template_options
+        return _template_process(os.getpid()).render(self.chat_template, variables)
 
     @cached_property
     def _ids(self):
-        return {token: i for i, token in enumerate(self._tokens)}
+        ids = {token: i for i, token in enumerate(self._tokens)}
+        if len(ids) < len(self._tokens):
+            twice = next(token for i, token in enumerate(self._tokens) if ids[token] != i)
+            raise InputError(f"the vocabulary has the token {twice!r} twice: convert the model again")
+        return ids
 
     @cached_property
     def _ranks(self):
@@ -237,14 +246,11 @@ def tokenizer_metadata(tokenizer_json, chat_template=None, vocab_size=None):
     return {PREFIX + key: value for key, value in metadata.items()} | template
 
 
-def _read_json(path):
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read as JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: cannot be read: a JSON object is needed, this is a {type(value).__name__}")
-    return value
+def special_tokens(config):
+    """Name in the chat template (eos_token, ...) -> text, of those that tokenizer_config.json, a dict, names."""
+    found = {name: config.get(name) for name in TEMPLATE_NAMES}
+    found = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+    return {name: token for name, token in found.items() if isinstance(token, str) and token}
 
 
 def _pre_tokenizer(tokenizer_json):
@@ -260,17 +266,21 @@ def _vocabulary(tokenizer_json, vocab_size=None):
     """tokens (list), types (int32 array) and merges (list of "left right") of HF's tokenizer.json."""
     try:
         model, added = tokenizer_json["model"], tokenizer_json["added_tokens"]
-        kinds = {text: (i, NORMAL) for text, i in model["vocab"].items()}
-        kinds |= {t["content"]: (t["id"], CONTROL if t["special"] else USER_DEFINED) for t in added}
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         if model["type"] != "BPE":
-            raise InputError(f"the model is {model['type']}, BPE is needed")
-    except (KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"is no BPE tokenizer.json ({e} is missing or misplaced): fetch it again") from e
-    ids = [i for i, _ in kinds.values()]
+            raise InputError(f"the model is {model['type']!r}, BPE is needed")
+        kinds = {text: (index(i), NORMAL) for text, i in model["vocab"].items()}
+        kinds |= {t["content"]: (index(t["id"]), CONTROL if t["special"] else USER_DEFINED) for t in added}
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        "".join([*kinds, *merges]).encode()
+    except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as e:
+        raise InputError(f"is no BPE tokenizer.json ({e} is missing, misplaced or no text): fetch it again") from e
+    ids = {i for i, _ in kinds.values()}
     size = vocab_size or max(ids, default=-1) + 1
-    if not all(0 <= i < size for i in ids) or size > LARGEST_VOCABULARY:
-        raise InputError(f"token ids {min(ids)}..{max(ids)} do not fit a vocabulary of {size}: fetch it again")
+    if not all(0 <= i < size for i in ids) or max(ids, default=0) > len(ids) + MOST_UNUSED:
+        raise InputError(f"token ids {min(ids)}..{max(ids)} of {len(ids)} tokens do not fit a vocabulary of {size}: "
+                         "fetch it again")
+    if len(ids) < len(kinds):
+        raise InputError(f"{len(kinds)} tokens share {len(ids)} ids: fetch it again")
     tokens, types = [f"[PAD{i}]" for i in range(size)], np.full(size, UNUSED, np.int32)
     for text, (i, kind) in kinds.items():
         tokens[i], types[i] = text, kind
@@ -282,21 +292,38 @@ def _alternatives(texts):
     return re.compile("(" + "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) + ")" if texts else "((?!))")
 
 
-@lru_cache(maxsize=8)
-def _compiled(template):
-    """The template in HF's environment (transformers.utils.chat_template_utils): sandboxed, blocks trimmed."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+class _TemplateProcess:
+    """formats/template_process.py at work, for one process of ours; started again when a template has ended it."""
 
-    def raise_exception(message):
-        raise TemplateError(message)
+    def __init__(self):
+        self._lock, self._child = Lock(), None
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def render(self, template, variables):
+        """The text. Raises InputError."""
+        try:
+            request = json.dumps([template, variables])
+        except (TypeError, ValueError, RecursionError) as e:
+            raise InputError(f"the conversation cannot be given to the chat template, it is no JSON: {e}") from e
+        with self._lock:
+            if self._child is None or self._child.poll() is not None:
+                self._child = subprocess.Popen(
+                    [sys.executable, "-P", TEMPLATE_PROCESS, str(TEMPLATE_SECONDS), str(TEMPLATE_BYTES)], text=True,
+                    encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                    start_new_session=True)         # Ctrl-C is for us
+            with suppress(BrokenPipeError):
+                print(request, file=self._child.stdin, flush=True)
+            answer = self._child.stdout.readline()
+            if not answer:
+                self._child.wait()
+                raise InputError(f"the chat template was stopped: it took more than {TEMPLATE_SECONDS} s or "
+                                 f"{TEMPLATE_BYTES >> 20} MiB")
+        text, refusal = json.loads(answer)
+        if refusal:
+            raise InputError(f"the chat template refuses this conversation: {refusal}")
+        return text
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment.from_string(template)
+
+@lru_cache(maxsize=1)
+def _template_process(pid):
+    """The one of the process pid: one that was forked needs its own."""
+    return _TemplateProcess()

@@ -2,16 +2,19 @@
 
 Factors carry GGUF's names and V-head order: what is trained is what llama.cpp loads.
 """
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
 from deltanet_ref.formats.quants import dequantize
-from deltanet_ref.lora.bridge import one_alpha, read_peft, reorder, write_peft
-from deltanet_ref.model.config import ARCHITECTURE, Config
+from deltanet_ref.lora.bridge import (FACTOR_TYPES, StoredAdapter, encoded, invocation_tokens, kind, one_alpha,
+                                      read_peft, reorder, split_dropped, write_peft)
+from deltanet_ref.model.config import ARCHITECTURE, Config, is_text
 from deltanet_ref.model.load import listing
 from deltanet_ref.model.tensors import linear_tensors
 
@@ -29,6 +32,7 @@ class Adapter:
     alpha: float
     metadata: dict = field(default_factory=dict)      # task_name, prompt_prefix, invocation_tokens: those given
     notes: list = field(default_factory=list)         # what reading it changed
+    types: dict = field(default_factory=dict)         # factor -> "F32", "F16" or "BF16", in which it was read
 
     @property
     def targets(self):
@@ -43,27 +47,34 @@ class Adapter:
         """alpha / r, the factor before B A."""
         return self.alpha / self.rank(target)
 
-    def save_gguf(self, path):
-        """Writes the GGUF adapter that llama.cpp loads: float32 factors; the file appears only when it is whole.
+    def save_gguf(self, path, type="f32"):
+        """Writes the GGUF adapter that llama.cpp loads; the file appears only when it is whole.
 
-        Raises InputError when a factor was replaced by one that does not fit, or the path cannot be written.
+        type: "f32", "f16" or "bf16" of the factors, or "kept": each in the type in which it was read. Raises
+        InputError when a factor was replaced by one that does not fit, or the path cannot be written.
         """
-        check_factors("the adapter", self.tensors, self.config)
         metadata = {"general.architecture": ARCHITECTURE, "general.type": "adapter", "adapter.type": "lora",
                     "adapter.lora.alpha": np.float32(self.alpha)}
         for name, value in self.metadata.items():
             metadata[_CARRIED[name]] = np.array(value, np.uint32) if name == "invocation_tokens" else value
-        factors = _in_network_order(self.tensors, self.config)
-        write_gguf(path, metadata, {name: np.asarray(x, np.float32) for name, x in factors.items()})
+        factors, types = self._to_save(type)
+        write_gguf(path, metadata, encoded(factors, types))
 
-    def save_peft(self, directory):
-        """Writes a PEFT directory with the V heads in HF's grouped order. Raises InputError as save_gguf.
+    def save_peft(self, directory, type="f32", prefix="model."):
+        """Writes a PEFT directory with the V heads in HF's grouped order. type and errors as for save_gguf.
 
-        Task name and prompt prefix have no place there.
+        prefix: of the module paths; "model.language_model." is that of the multimodal HF model.
         """
+        factors, types = self._to_save(type)
+        write_peft(directory, reorder(factors, self.config, to="grouped"), types, self.alpha, self.config,
+                   metadata=self.metadata, prefix=prefix)
+
+    def _to_save(self, type):
         check_factors("the adapter", self.tensors, self.config)
-        factors = reorder(_in_network_order(self.tensors, self.config), self.config, to="grouped")
-        write_peft(directory, factors, self.alpha, self.config, self.metadata.get("invocation_tokens"))
+        if type.upper() not in (*FACTOR_TYPES, "KEPT"):
+            raise InputError(f"the type {type!r} is not for LoRA factors: use f32, f16, bf16 or kept")
+        factors = {name: np.asarray(x) for name, x in _in_network_order(self.tensors, self.config).items()}
+        return factors, self.types if type == "kept" else dict.fromkeys(factors, type.upper())
 
 
 def new_adapter(model, rank=16, alpha=32, targets=None, seed=0):
@@ -90,54 +101,90 @@ def load_adapter(path, model):
 
     Raises InputError: not a LoRA adapter, another architecture, or every factor that is missing, unknown or misshapen.
     """
-    path, config, notes, metadata = Path(path), model.config, [], {}
-    if path.is_dir():
-        factors, alphas, tokens, strangers = read_peft(path, config)
-        if tokens:
-            metadata["invocation_tokens"] = list(tokens)
-    else:
-        factors, alphas, metadata, strangers = _read_gguf_adapter(path, config)
-    check_factors(path, factors, config, strangers)
-    alpha, factors, folded = one_alpha({name: np.asarray(x, np.float64) for name, x in factors.items()}, alphas)
-    factors = {name: x.astype(model.dtype) for name, x in _in_network_order(factors, config).items()}
+    return open_adapter(path, model.config, model.dtype)
+
+
+def open_adapter(path, config, dtype=np.float64, drop=()):
+    """load_adapter for a model of which only the config is there.
+
+    drop: kinds of things to leave out that are no plain LoRA ("dora", "modules_to_save", "bias", "conv1d", ...).
+    """
+    notes = []
+    stored = read_adapter(path, config, drop)
+    check_factors(path, stored.factors, config, stored.strangers)
+    factors = {name: np.asarray(x, np.float64) for name, x in stored.factors.items()}
+    alpha, factors, folded = one_alpha(factors, stored.alphas)
+    with np.errstate(over="ignore"):        # looked for
+        factors = {name: x.astype(dtype) for name, x in _in_network_order(factors, config).items()}
+    if too_large := [name for name, x in factors.items() if not np.isfinite(x).all()]:
+        raise InputError(f"{path}: {listing('too large', too_large)} for {np.dtype(dtype)} with the scales worked in")
+    types = {name: type for name, type in stored.types.items() if name.removesuffix(".lora_b") not in folded}
+    if stored.left_out:
+        notes.append(listing("left out, as --drop says", stored.left_out))
     if folded:
         notes.append(f"the scales differ between tensors: alpha is {alpha:g} now, the difference went into lora_b of "
-                     f"{len(folded)} of {len(alphas)} tensors")
-    if path.is_dir():
+                     f"{len(folded)} of {len(stored.alphas)} tensors")
+    if stored.order == "grouped":
         factors = reorder(factors, config, to="tiled")
-    if "invocation_tokens" in metadata:
-        notes.append("an activated LoRA (invocation tokens): its tokens are kept, but it acts on every position here")
-    return Adapter(config, factors, alpha, metadata, notes)
+    if "invocation_tokens" in stored.metadata:
+        notes.append("an activated LoRA: generate lets it act from its invocation tokens on, anything else on every "
+                     "position")
+    return Adapter(config, factors, alpha, stored.metadata, notes, types)
 
 
-def check_factors(where, factors, config, strangers=()):
-    """Raises InputError that lists every factor missing, misshapen or not finite, and names of no linear tensor."""
+def read_adapter(path, config, drop=()):
+    """Reads a GGUF adapter or a PEFT directory as it is -> StoredAdapter; its factors are not checked yet."""
+    path = Path(path)
+    return read_peft(path, config, drop) if path.is_dir() else _read_gguf_adapter(path, config, drop)
+
+
+class Fit(NamedTuple):
+    """How the factors of an adapter fit a model; every list but the first should be empty."""
+    matched: list           # targets with both factors, in the right shape
+    missing: list           # factors whose partner is there
+    misshapen: list         # what they are and what they should be
+    infinite: list          # factors with values that are not finite
+    strangers: list         # what is no factor of a linear layer of the model
+
+
+def fit(factors, config, strangers=()):
+    """Holds factors ("<weight>.lora_a", "<weight>.lora_b" -> array) against the linear layers of a model -> Fit."""
     linear = linear_tensors(config)
     names = {name.rsplit(".", 1)[0]: None for name in factors}
-    strangers = [*strangers, *(name for name in names if name not in linear)]
-    targets = [name for name in names if name in linear]
-    if not targets:
-        reason = "it holds no LoRA factors" if not strangers else (
-            f"none of its tensors, such as {strangers[0]!r}, belongs to a linear layer of this model: it was made for "
-            "another model, or under other names")
-        raise InputError(f"{where} would do nothing: {reason}")
-    missing, misshapen, infinite = [], [], []
-    for target in targets:
+    found = Fit([], [], [], [], [*strangers, *(name for name in names if name not in linear)])
+    for target in (name for name in names if name in linear):
         pair = [f"{target}.lora_a", f"{target}.lora_b"]
         absent = [name for name in pair if name not in factors]
-        missing += absent
-        infinite += [name for name in pair if name in factors and not np.isfinite(factors[name]).all()]
+        found.missing.extend(absent)
+        found.infinite.extend(name for name in pair if name in factors and not np.isfinite(factors[name]).all())
         if absent:
             continue
         a, b = (tuple(factors[name].shape) for name in pair)
         out, width = linear[target].shape
-        if len(a) != 2 or a[0] < 1 or a[1] != width or b != (out, a[0]):
-            misshapen.append(f"{target} {(out, width)} with lora_a {a}, lora_b {b}")
-    problems = [listing("missing", missing), listing("for no linear layer of this model", strangers),
-                listing("misshapen (lora_a is (r, in), lora_b is (out, r))", misshapen),
-                listing("not finite", infinite)]
+        if len(a) == 2 and a[0] >= 1 and a[1] == width and b == (out, a[0]):
+            found.matched.append(target)
+        else:
+            found.misshapen.append(f"{target} {(out, width)} with lora_a {a}, lora_b {b}")
+    return found
+
+
+def check_factors(where, factors, config, strangers=()):
+    """Raises InputError that lists every factor missing, misshapen or not finite, and names of no linear tensor."""
+    found = fit(factors, config, strangers)
+    if not (found.matched or found.missing or found.misshapen):
+        reason = "it holds no LoRA factors" if not found.strangers else (
+            f"none of its tensors, such as {found.strangers[0]!r}, belongs to a linear layer of this model: it was "
+            "made for another model, or under other names")
+        raise InputError(f"{where} would do nothing: {reason}")
+    problems = [listing("missing", found.missing),
+                listing("beyond scale B A on this model's linear layers", found.strangers, most=40),
+                listing("misshapen (lora_a is (r, in), lora_b is (out, r))", found.misshapen),
+                listing("not finite", found.infinite)]
     if any(problems):
-        raise InputError(f"{where} does not fit the model; " + "; ".join(p for p in problems if p))
+        kinds = dict.fromkeys(kind(name) for name in found.strangers)
+        remedy = (f". Merge it into the base with PEFT, train without these, or convert with --drop {','.join(kinds)} "
+                  "to leave them out") if kinds else ""
+        raise InputError(f"{where} does not fit the model; " + "; ".join(p for p in problems if p) + remedy)
 
 
 def _in_network_order(factors, config):
@@ -145,26 +192,31 @@ def _in_network_order(factors, config):
     return {name: factors[name] for name in names if name in factors}
 
 
-def _read_gguf_adapter(path, config):
-    """Factors, target -> alpha, carried metadata and strange names of a GGUF adapter."""
+def _read_gguf_adapter(path, config, drop):
     file = read_gguf(path)
     about = file.metadata
     for key, wanted in (("general.type", "adapter"), ("general.architecture", ARCHITECTURE), ("adapter.type", "lora")):
-        if about.get(key) != wanted:
+        if not is_text(about.get(key), wanted):
             raise InputError(f"{path}: {key} is {about.get(key)!r}, a LoRA adapter for this model has {wanted!r}")
     known = {f"{name}.lora_{factor}" for name in linear_tensors(config) for factor in "ab"}
     factors = {name: dequantize(tensor.raw, tensor.type, tensor.shape, np.float64)
                for name, tensor in file.tensors.items() if name in known}
+    types = {name: file.tensors[name].type.name for name in factors}
     alpha = about.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, float) or not np.isfinite(alpha):
         raise InputError(f"{path}: adapter.lora.alpha is {alpha!r}, not a number")
     # alpha 0, or none: llama.cpp applies B A as it is, which is alpha = r
-    alphas = {name.removesuffix(".lora_a"): alpha or float(x.shape[0]) for name, x in factors.items()
+    alphas = {name.removesuffix(".lora_a"): alpha or float(math.prod(x.shape[:1])) for name, x in factors.items()
               if name.endswith(".lora_a")}
     metadata = {name: about[key] for name, key in _CARRIED.items() if key in about}
+    for name in ("task_name", "prompt_prefix"):
+        if not isinstance(metadata.get(name, ""), str):
+            raise InputError(f"{path}: {_CARRIED[name]} is no text")
     if "invocation_tokens" in metadata:
-        metadata["invocation_tokens"] = np.ravel(metadata["invocation_tokens"]).tolist()
-    return factors, alphas, metadata, [name for name in file.tensors if name not in known]
+        metadata["invocation_tokens"] = invocation_tokens(list(np.ravel(metadata["invocation_tokens"]).tolist()), path)
+    strangers = [name for name in file.tensors if name not in known]
+    return StoredAdapter(factors, {n: t for n, t in types.items() if t in FACTOR_TYPES}, alphas, "tiled", metadata,
+                         *split_dropped(strangers, drop))
 
 
 def _chosen(linear, targets):

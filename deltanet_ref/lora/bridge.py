@@ -1,29 +1,61 @@
 """LoRA factors between GGUF's form and PEFT's: names, the order of the V heads, one scale for all or one each.
 
+What neither form of a plain LoRA can say (DoRA magnitudes, whole modules, biases, factors of other tensors) is listed.
+
 The update of a weight is scale B A with A (r, in) and B (out, r): permuting the weight's rows means permuting B's rows,
 permuting its columns means permuting A's columns. The product is never formed.
 """
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
 from deltanet_ref.errors import InputError
-from deltanet_ref.formats.files import atomic_write
+from deltanet_ref.formats.files import atomic_write, read_json
+from deltanet_ref.formats.quants import quantize
 from deltanet_ref.formats.safetensors import read_safetensors, write_safetensors
 from deltanet_ref.model.load import listing, text_model_name
 from deltanet_ref.model.tensors import linear_tensors, v_head_index
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FACTOR_TYPES = ("F32", "F16", "BF16")
+_TEXTS = ("task_name", "prompt_prefix")
 _PEFT_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
 
-# fields of adapter_config.json that make it more than scale B A on linear layers, when they hold anything
-_BEYOND_LORA = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters",
-                "layer_replication", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
+# fields of adapter_config.json that make it more than scale B A on linear layers, when they hold anything, and the
+# kind of thing that they bring with them
+_BEYOND_LORA = {"use_dora": "dora", "lora_bias": "bias", "bias": "bias", "modules_to_save": "modules_to_save",
+                **{field: field for field in (
+                    "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora", "use_bdlora",
+                    "arrow_config", "kasa_config", "monteclora_config")}}
+# a pattern of a foreign file may take for ever: other than plain names are matched in a process that can be ended
+_PLAIN_PATTERN = re.compile(r"[\w.-]*")
+_PATTERN_SECONDS = 5
+_MATCH = r"""
+import json, re, sys
+patterns, modules = json.load(sys.stdin)
+print(json.dumps({p: [m for m in modules if re.fullmatch(rf"(.*\.)?({p})", m)] for p in patterns}))
+"""
+_NOTHING = (None, False, "none", [], {})
 # initialisations that also change the base weights: the factors alone do not carry the model
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class StoredAdapter(NamedTuple):
+    """An adapter as a file has it."""
+    factors: dict           # "<weight>.lora_a" (r, in) and "<weight>.lora_b" (out, r) under GGUF names -> array
+    types: dict             # the same names -> "F32", "F16" or "BF16"; absent when stored in another type
+    alphas: dict            # target -> alpha, with scale = alpha / r
+    order: str              # of the V heads: "grouped" or "tiled"
+    metadata: dict          # task_name, prompt_prefix, invocation_tokens: those that it has
+    strangers: list         # what is no factor of a linear tensor of the model: names, "field = value" of the settings
+    left_out: list          # what was dropped on request
 
 
 def reorder(factors, config, *, to):
@@ -54,83 +86,135 @@ def one_alpha(factors, alphas):
     return alpha, factors | scaled, folded
 
 
-def read_peft(directory, config):
-    """Reads a PEFT LoRA directory as it is: V heads grouped, a scale for each target.
+def read_peft(directory, config, drop=()):
+    """Reads a PEFT LoRA directory -> StoredAdapter: V heads grouped, rank_pattern, alpha_pattern and use_rslora worked
+    into the alphas. drop: kinds or names of things to leave out that are no plain LoRA (`kind`).
 
-    Returns factors under GGUF names, alphas: target -> alpha with scale = alpha / r (rank_pattern, alpha_pattern and
-    use_rslora worked in), invocation tokens or None, and keys that belong to no linear tensor of the model.
-    Raises InputError for what is not plain LoRA.
+    Raises InputError for a directory that cannot be read or contradicts itself.
     """
     directory = Path(directory)
-    try:
-        peft = json.loads((directory / PEFT_CONFIG).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{directory}/{PEFT_CONFIG} cannot be read: {error}") from None
-    if not isinstance(peft, dict) or peft.get("peft_type") != "LORA":
+    peft = read_json(directory / PEFT_CONFIG)
+    if peft.get("peft_type") != "LORA":
         raise InputError(f"{directory}/{PEFT_CONFIG} does not describe a LoRA adapter (peft_type LORA)")
-    beyond = [f"{field} = {peft[field]!r}" for field in _BEYOND_LORA if peft.get(field)]
-    if peft.get("bias", "none") != "none":
-        beyond.append(f"bias = {peft['bias']!r}")
     if str(peft.get("init_lora_weights")).lower().startswith(_BASE_CHANGING):
-        beyond.append(f"init_lora_weights = {peft['init_lora_weights']!r} (it changes the base weights: export it from "
-                      "PEFT as a plain LoRA first)")
-    if beyond:
-        raise InputError(f"{directory} is more than scale B A on linear layers: {'; '.join(beyond)}. Merge it into the "
-                         "base model with PEFT, or train without these")
+        raise InputError(f"{directory}: init_lora_weights = {peft['init_lora_weights']!r} changes the base weights "
+                         "too: export it from PEFT as a plain LoRA first")
     if not (directory / PEFT_WEIGHTS).is_file():
         raise InputError(f"{directory}/{PEFT_WEIGHTS} does not exist: save the adapter with safetensors")
     by_hf_name = {spec.hf_name: name for name, spec in linear_tensors(config).items()}
     stored = read_safetensors(directory / PEFT_WEIGHTS)
-    factors, alphas, strangers, wrong_ranks = {}, {}, [], []
+    factors, types, modules, wrong_ranks = {}, {}, {}, []
+    strangers = [f"{field} = {peft[field]!r}" for field in _BEYOND_LORA if peft.get(field) not in _NOTHING]
     for key in stored:
         match = _PEFT_KEY.fullmatch(key)
         target = match and by_hf_name.get(text_model_name(match["module"]) + ".weight")
         if target is None:
             strangers.append(key)
             continue
-        factors[f"{target}.lora_{match['factor'].lower()}"] = stored[key]
-        r, alphas[target] = _rank_and_alpha(peft, match["module"], directory)
-        if match["factor"] == "A" and stored.shape(key)[:1] != (r,):
-            wrong_ranks.append(f"{key} is {stored.shape(key)}, {PEFT_CONFIG} says r = {r}")
+        name = f"{target}.lora_{match['factor'].lower()}"
+        factors[name] = stored[key]
+        if stored.stored(key).dtype in FACTOR_TYPES:
+            types[name] = stored.stored(key).dtype
+        modules[target] = match["module"]
+    scales = _ranks_and_alphas(peft, set(modules.values()), directory)
+    for target, module in modules.items():
+        r, shape = scales[module][0], np.shape(factors.get(f"{target}.lora_a", np.empty((scales[module][0], 0))))
+        if shape[:1] != (r,):
+            wrong_ranks.append(f"lora_A of {module} is {shape}, {PEFT_CONFIG} says r = {r}")
     if wrong_ranks:
         raise InputError(f"{directory} contradicts itself; " + listing("ranks differ", wrong_ranks))
-    return factors, alphas, peft.get("alora_invocation_tokens"), strangers
+    metadata = {name: stored.metadata[name] for name in _TEXTS if name in stored.metadata}
+    if tokens := peft.get("alora_invocation_tokens"):
+        metadata["invocation_tokens"] = invocation_tokens(tokens, f"{directory}/{PEFT_CONFIG}")
+    alphas = {target: scales[module][1] for target, module in modules.items()}
+    return StoredAdapter(factors, types, alphas, "grouped", metadata, *split_dropped(strangers, drop))
 
 
-def _rank_and_alpha(peft, module, directory):
-    """r and alpha of one module, for scale = alpha / r. PEFT's own scale is alpha / sqrt(r) with use_rslora."""
-    def setting(patterns, default):
-        # a pattern is a regular expression for the end of the module's path (PEFT's documentation of rank_pattern)
-        return next((value for pattern, value in (peft.get(patterns) or {}).items()
-                     if re.fullmatch(rf"(.*\.)?({pattern})", module)), peft.get(default, 8))
-
-    try:
-        r, alpha = int(setting("rank_pattern", "r")), float(setting("alpha_pattern", "lora_alpha"))
-    except (re.error, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{directory}/{PEFT_CONFIG}: rank or alpha of {module} cannot be read: {error}") from None
-    if r < 1 or not np.isfinite(alpha) or alpha == 0:
-        raise InputError(f"{directory}/{PEFT_CONFIG}: {module} has rank {r} and alpha {alpha}: it would do nothing")
-    return r, alpha * r ** 0.5 if peft.get("use_rslora") else alpha
+def invocation_tokens(values, where):
+    """Token ids from a file as a list of int. Raises InputError."""
+    if not isinstance(values, list) or not all(type(i) is int and 0 <= i < 2 ** 32 for i in values):
+        raise InputError(f"{where}: the invocation tokens are {values!r}, not token ids")
+    return values
 
 
-def write_peft(directory, factors, alpha, config, invocation_tokens=None):
-    """Writes a PEFT LoRA directory: adapter_model.safetensors (float32) and adapter_config.json.
+def kind(stranger):
+    """What something in an adapter is that is no factor of a linear layer: the word for it in --drop.
 
-    factors: in grouped order, under GGUF names; scale = alpha / r. Module paths are those of the text-only HF model.
+    stranger: the name of a tensor, or "field = value" of adapter_config.json.
+    """
+    field, equals, _ = stranger.partition(" = ")
+    if equals and field in _BEYOND_LORA:
+        return _BEYOND_LORA[field]
+    parts = stranger.split(".")
+    if any(part.startswith("lora_magnitude_vector") for part in parts):
+        return "dora"
+    if parts[-1] == "bias":
+        return "bias"
+    end = next((i for i, part in enumerate(parts) if part.startswith("lora_")), 0)
+    if module := [part for part in parts[:end] if part != "weight"]:
+        return module[-1]
+    return "trainable_token_indices" if "token_adapter" in parts else "modules_to_save"
+
+
+def split_dropped(strangers, drop):
+    """Those that --drop does not name, by kind or by a part of the name, and those that it names."""
+    dropped = [name for name in strangers if kind(name) in drop or any(part in drop for part in name.split("."))]
+    return [name for name in strangers if name not in dropped], dropped
+
+
+def _ranks_and_alphas(peft, modules, directory):
+    """module -> r and alpha, for scale = alpha / r. PEFT's own scale is alpha / sqrt(r) with use_rslora."""
+    where, scales = f"{directory}/{PEFT_CONFIG}", {}
+    ranks, alphas = (_by_module(peft, modules, *names, where)
+                     for names in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")))
+    for module in modules:
+        r, alpha = ranks[module], alphas[module]
+        if not all(isinstance(x, int | float) and 0 < abs(x) < 2 ** 31 for x in (r, alpha)) or r != int(r) or r < 1:
+            raise InputError(f"{where}: {module} has rank {r!r} and alpha {alpha!r}: a positive integer and a number "
+                             "other than 0 are needed")
+        scales[module] = int(r), alpha * r ** 0.5 if peft.get("use_rslora") else float(alpha)
+    return scales
+
+
+def _by_module(peft, modules, patterns, default, where):
+    """module -> the value of the first pattern that matches the end of its path (PEFT's documentation of rank_pattern),
+    else the default."""
+    values = peft.get(patterns) or {}
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: {patterns} is {values!r}, not an object")
+    if all(map(_PLAIN_PATTERN.fullmatch, values)):
+        matched = {p: [m for m in modules if re.fullmatch(rf"(.*\.)?({p})", m)] for p in values}
+    else:
+        try:
+            done = subprocess.run([sys.executable, "-I", "-c", _MATCH], input=json.dumps([list(values), list(modules)]),
+                                  capture_output=True, text=True, timeout=_PATTERN_SECONDS)
+            matched = json.loads(done.stdout)
+        except (subprocess.TimeoutExpired, ValueError) as error:
+            raise InputError(f"{where}: {patterns} cannot be read: it holds no regular expression, or one that takes "
+                             f"more than {_PATTERN_SECONDS} s; write the modules' names instead") from error
+    return {module: next((value for pattern, value in values.items() if module in matched[pattern]),
+                         peft.get(default, 8)) for module in modules}
+
+
+def write_peft(directory, factors, types, alpha, config, *, metadata, prefix="model."):
+    """Writes a PEFT LoRA directory: adapter_model.safetensors and adapter_config.json.
+
+    factors: in grouped order, under GGUF names; types: name -> "F32", "F16" or "BF16", F32 for the rest; scale =
+    alpha / r. prefix: of the module paths, "model." for the text-only HF model, "model.language_model." for the
+    multimodal one. metadata: task_name and prompt_prefix, for which PEFT has no place, go into the weights' header.
     """
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{directory} cannot be made a directory: {error.strerror}") from None
-    linear = linear_tensors(config)
-    paths = {name: spec.hf_name.removesuffix(".weight") for name, spec in linear.items()}
+    paths = {name: spec.hf_name.removesuffix(".weight").removeprefix("model.")
+             for name, spec in linear_tensors(config).items()}
     tensors = {}
-    for name, x in factors.items():
+    for name, (raw, type, shape) in encoded(factors, types).items():
         target, factor = name.rsplit(".", 1)
-        tensors[f"base_model.model.{paths[target]}.lora_{factor[-1].upper()}.weight"] = np.asarray(x, np.float32)
-    ranks = {paths[name.removesuffix(".lora_a")].removeprefix("model."): x.shape[0]
-             for name, x in factors.items() if name.endswith(".lora_a")}
+        tensors[f"base_model.model.{prefix}{paths[target]}.lora_{factor[-1].upper()}.weight"] = raw, type.name, shape
+    ranks = {paths[name.removesuffix(".lora_a")]: x.shape[0] for name, x in factors.items() if name.endswith(".lora_a")}
     r = Counter(ranks.values()).most_common(1)[0][0]
     short = {path.rsplit(".", 1)[1] for path in ranks}
     everywhere = len(ranks) == sum(path.rsplit(".", 1)[1] in short for path in paths.values())
@@ -139,8 +223,15 @@ def write_peft(directory, factors, alpha, config, invocation_tokens=None):
         "r": r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0, "bias": "none",
         "target_modules": sorted(short if everywhere else ranks),
         "rank_pattern": {path: rank for path, rank in ranks.items() if rank != r},
-        "use_rslora": False, "alora_invocation_tokens": invocation_tokens,
+        "use_rslora": False, "alora_invocation_tokens": metadata.get("invocation_tokens"),
     }
-    write_safetensors(directory / PEFT_WEIGHTS, tensors, {"format": "pt"})
+    texts = {name: metadata[name] for name in _TEXTS if name in metadata}
+    write_safetensors(directory / PEFT_WEIGHTS, tensors, {"format": "pt"} | texts)
     with atomic_write(directory / PEFT_CONFIG) as temporary:
         temporary.write_text(json.dumps(peft, indent=2) + "\n", "utf-8")
+
+
+def encoded(factors, types):
+    """name -> (bytes, gguf's type, shape) of the factors, in types (name -> "F32", "F16", "BF16"; F32 for the rest)."""
+    kinds = {name: GGMLQuantizationType[types.get(name, "F32")] for name in factors}
+    return {name: (quantize(x, kinds[name]), kinds[name], x.shape) for name, x in factors.items()}

@@ -1,4 +1,5 @@
 """The shape of a Qwen3.5 text model, read from GGUF metadata or from an HF config.json."""
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -111,10 +112,10 @@ class Config:
         and tied embeddings (no output.weight). Raises InputError: another architecture, or all bad keys at once.
         """
         shapes = shapes or {}
-        if metadata.get("general.type", "model") != "model":
+        if not is_text(metadata.get("general.type", "model"), "model"):
             raise InputError(f"this GGUF holds a {metadata['general.type']}, not a model: pass the base model's file")
         architecture = metadata.get("general.architecture")
-        if architecture != ARCHITECTURE:
+        if not is_text(architecture, ARCHITECTURE):
             raise InputError(f"the architecture is {architecture!r}: only dense Qwen3.5 models ({ARCHITECTURE!r}) are "
                              "supported")
         problems = []
@@ -139,7 +140,7 @@ class Config:
         recurrent = metadata.get(f"{ARCHITECTURE}.attention.recurrent_layers")
         if recurrent is None:
             values["layer_types"] = _every(number("full_attention_interval", default=4), layers)
-        elif np.ndim(recurrent) != 1 or len(recurrent) not in (layers, blocks):
+        elif not isinstance(recurrent, np.ndarray) or len(recurrent) not in (layers, blocks):
             problems.append(f"{ARCHITECTURE}.attention.recurrent_layers must have {layers} entries, one per layer")
         else:
             values["layer_types"] = tuple(LAYER_TYPES[0 if r else 1] for r in list(recurrent)[:layers])
@@ -148,13 +149,14 @@ class Config:
             problems.append(f"{ARCHITECTURE}.ssm.inner_size {inner} is not a multiple of ssm.time_step_rank {heads}")
         if number("attention.value_length", default=values["head_dim"]) != values["head_dim"]:
             problems.append(f"{ARCHITECTURE}.attention.value_length differs from key_length {values['head_dim']}")
-        if metadata.get(f"{ARCHITECTURE}.rope.scaling.type", "none") != "none":
+        if not is_text(metadata.get(f"{ARCHITECTURE}.rope.scaling.type", "none"), "none"):
             problems.append(f"{ARCHITECTURE}.rope.scaling.type is not supported")
         sections = metadata.get(f"{ARCHITECTURE}.rope.dimension_sections", HF_ROPE_DEFAULTS["mrope_section"])
-        if np.ndim(sections) != 1:
+        if not isinstance(sections, (tuple, np.ndarray)) or not all(map(_whole, sections[:3])):
             problems.append(f"{ARCHITECTURE}.rope.dimension_sections must be a list of counts")
         rotary = number("rope.dimension_count")
-        table = shapes.get("token_embd.weight") or (len(metadata.get("tokenizer.ggml.tokens", ())),)
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        table = shapes.get("token_embd.weight") or (len(tokens) if isinstance(tokens, Sequence) else 0,)
         vocabulary = number("vocab_size", default=table[0])
         _raise(problems)
         return cls(**values, vocab_size=vocabulary, linear_value_head_dim=inner // heads,
@@ -174,6 +176,8 @@ class Config:
             raise InputError(f"config.json has model_type {model_type!r}: only dense Qwen3.5 models (qwen3_5_text, or "
                              "qwen3_5 with a text_config) are supported")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise InputError(f"rope_parameters of config.json is {rope!r}, not an object")
         rope = {key: rope.get(key, text.get(key, default)) for key, default in HF_ROPE_DEFAULTS.items()}
         problems = [f"{key} {text[key]!r} is not supported, only {value!r}" for key, value in HF_FIXED.items()
                     if text.get(key, value) != value]
@@ -221,6 +225,11 @@ def _every(interval, layers):
     if not _positive(interval, int):
         raise InputError(f"full_attention_interval is {interval!r}, it must be a positive integer")
     return tuple(LAYER_TYPES[(i + 1) % interval == 0] for i in range(layers))
+
+
+def is_text(value, text):
+    """Whether a value of GGUF metadata, which may be an array, is this text."""
+    return isinstance(value, str) and value == text
 
 
 def _whole(value):

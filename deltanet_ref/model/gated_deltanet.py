@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-TENSORS = ("attn_qkv.weight", "attn_gate.weight", "ssm_beta.weight", "ssm_alpha.weight", "ssm_out.weight")
+PROJECTIONS = ("attn_qkv.weight", "attn_gate.weight", "ssm_beta.weight", "ssm_alpha.weight")
+TENSORS = PROJECTIONS + ("ssm_out.weight",)
 
 
 class DeltaNetState(NamedTuple):
@@ -16,7 +17,7 @@ class DeltaNetState(NamedTuple):
 
 
 class DeltaNetCache(NamedTuple):
-    projections: tuple        # LinearCaches of qkv, z, b, a
+    projections: tuple        # LinearCache of qkv, z, b, a
     conv: tuple
     q_norm: tuple
     k_norm: tuple
@@ -31,10 +32,14 @@ def gated_deltanet_forward(x, layer, *, state=None, cu_seqlens=None):
     c, ops = layer.config, layer.ops
     B, L, _ = x.shape
     # 1  project: qkv (B, L, 2 H_k d_k + H_v d_v), z (B, L, H_v d_v), b and a (B, L, H_v)
-    qkv, qkv_cache = layer.linear_forward("attn_qkv.weight", x)
-    z, z_cache = layer.linear_forward("attn_gate.weight", x)
-    b, b_cache = layer.linear_forward("ssm_beta.weight", x)
-    a, a_cache = layer.linear_forward("ssm_alpha.weight", x)
+    (qkv, z, b, a), projections = layer.linear_maps_forward(PROJECTIONS, x)
+    if L == 1 and state is not None and hasattr(ops, "delta_layer_step"):                     # 2 .. 6 at once
+        o, conv, S = ops.delta_layer_step(
+            qkv[:, 0], z[:, 0], b[:, 0], a[:, 0], state.conv, state.S, conv=layer["ssm_conv1d.weight"],
+            decay=layer["ssm_a"], dt_bias=layer["ssm_dt.bias"], norm=layer["ssm_norm.weight"], eps=c.rms_norm_eps,
+            head_order="tiled")
+        y, _ = layer.linear_forward("ssm_out.weight", o.reshape(B, L, -1))
+        return y, DeltaNetState(conv, S), None
     # 2  causal convolution along the tokens, each channel on its own, then SiLU
     qkv, conv_state, conv = ops.causal_conv1d_forward(
         qkv, layer["ssm_conv1d.weight"], state=state and state.conv, cu_seqlens=cu_seqlens)
@@ -56,7 +61,7 @@ def gated_deltanet_forward(x, layer, *, state=None, cu_seqlens=None):
     o, norm = ops.gated_rms_norm_forward(o, z.reshape(o.shape), layer["ssm_norm.weight"], c.rms_norm_eps)
     # 7  project back
     y, out = layer.linear_forward("ssm_out.weight", o.reshape(B, L, -1))
-    cache = delta and DeltaNetCache((qkv_cache, z_cache, b_cache, a_cache), conv, q_norm, k_norm, gate, delta, norm, out)
+    cache = delta and DeltaNetCache(projections, conv, q_norm, k_norm, gate, delta, norm, out)
     return y, DeltaNetState(conv_state, S), cache
 
 
@@ -85,11 +90,8 @@ def gated_deltanet_backward(dy, layer, cache, grads, need_dx=True):
         grads.add(layer.name("ssm_dt.bias"), ddt_bias)
         grads.add(layer.name("ssm_conv1d.weight"), dconv)
     # 1  project
-    dx = None
-    for tensor, d, projection in zip(TENSORS, (dqkv, dz.reshape(B, L, -1), db, da), cache.projections):
-        part = layer.linear_backward(tensor, d, projection, grads, need_dx)
-        dx = part if dx is None else dx + part
-    return dx
+    return layer.linear_maps_backward(PROJECTIONS, (dqkv, dz.reshape(B, L, -1), db, da), cache.projections, grads,
+                                      need_dx)
 
 
 def split_heads(qkv, c):

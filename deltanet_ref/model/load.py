@@ -1,5 +1,4 @@
 """A GGUF file or an HF directory becomes (Config, Weights, notes), or one error that lists all that is wrong."""
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from deltanet_ref.errors import InputError
+from deltanet_ref.formats import quants
+from deltanet_ref.formats.files import read_json
+from deltanet_ref.formats.gguf import read_gguf
 from deltanet_ref.formats.safetensors import read_safetensors
 from deltanet_ref.model.config import Config
 from deltanet_ref.model.tensors import expected_tensors, hf_shape, to_gguf_form
@@ -17,10 +19,10 @@ _SKIPPED_GGUF = ((r"(v|mm)\.", "vision"), (r"blk\.\d+\.nextn\.", "multi-token pr
 _SKIPPED_HF = ((r"(model\.)?visual\.", "vision"), (r"mtp\.", "multi-token prediction"))
 
 
-def weights_from_gguf(file, dtype):
+def weights_from_gguf(file, dtype, mode="mapped", decoder=quants):
     """Takes the text model out of an opened GGUF file (a GGUFFile); nothing is decoded yet.
 
-    dtype: float32 or float64, that of the arrays given later. Returns (Config, Weights, notes: list of str). Raises
+    dtype: float32 or float64, that of the arrays given later; mode and decoder as of Weights. Returns (Config, Weights, notes: list of str). Raises
     InputError: another architecture, or all missing, unexpected and misshapen tensors at once.
     """
     dtype = model_dtype(dtype)
@@ -33,7 +35,7 @@ def weights_from_gguf(file, dtype):
     notes = _skip(found, _SKIPPED_GGUF + (((rf"blk\.({mtp})\.", "multi-token prediction"),) if mtp else ()))
     expected = expected_tensors(config)
     _check(file.path, {name: spec.shape for name, spec in expected.items()}, found)
-    weights = Weights(config, {name: file.tensors[name] for name in expected}, dtype)
+    weights = Weights(config, {name: file.tensors[name] for name in expected}, dtype, mode, decoder)
     for name in expected:
         if name.endswith(".ssm_a") and not np.all(weights[name] < 0):
             raise InputError(f"{file.path}: {name} must hold -exp(A_log), which is negative, and does not: convert the "
@@ -46,14 +48,20 @@ def weights_from_hf(directory, dtype):
 
     Names of the text model alone and of the multimodal model are both known. Returns and raises as weights_from_gguf.
     """
-    dtype, directory = model_dtype(dtype), Path(directory)
-    try:
-        text = json.loads((directory / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{directory}/config.json cannot be read: {error}") from None
-    if not isinstance(text, dict):
-        raise InputError(f"{directory}/config.json is not a JSON object")
-    config = _config(directory, Config.from_hf, text)
+    dtype = model_dtype(dtype)
+    config, stored, names, notes = open_hf(directory)
+    dense = {name: np.ascontiguousarray(to_gguf_form(stored[names[name]].astype(dtype), spec, config))
+             for name, spec in expected_tensors(config).items()}
+    return config, Weights(config, dense, dtype), notes
+
+
+def open_hf(directory):
+    """Opens an HF directory and checks that its tensors make a model; none is brought to GGUF's form yet.
+
+    Returns (Config, SafeTensors, GGUF name -> name in the checkpoint, notes). Raises as weights_from_gguf.
+    """
+    directory = Path(directory)
+    config = _config(directory, Config.from_hf, read_json(directory / "config.json"))
     stored = read_safetensors(directory)
     found = {name: stored.shape(name) for name in stored}
     notes = _skip(found, _SKIPPED_HF)
@@ -67,9 +75,16 @@ def weights_from_hf(directory, dtype):
             config = replace(config, tie_word_embeddings=False)
     expected = expected_tensors(config)
     _check(directory, {spec.hf_name: hf_shape(spec) for spec in expected.values()}, found)
-    dense = {name: np.ascontiguousarray(to_gguf_form(stored[origin[spec.hf_name]].astype(dtype), spec, config))
-             for name, spec in expected.items()}
-    return config, Weights(config, dense, dtype), notes
+    return config, stored, {name: origin[spec.hf_name] for name, spec in expected.items()}, notes
+
+
+def read_config(path):
+    """The Config of a GGUF file or an HF directory; no tensor is looked at. Raises InputError."""
+    path = Path(path)
+    if path.is_dir():
+        return _config(path, Config.from_hf, read_json(path / "config.json"))
+    file = read_gguf(path)
+    return _config(path, Config.from_gguf, file.metadata, {name: t.shape for name, t in file.tensors.items()})
 
 
 def model_dtype(dtype):

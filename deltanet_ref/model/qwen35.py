@@ -8,14 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from deltanet_ref.errors import InputError
-from deltanet_ref.model.block import MLP_TENSORS, block_backward, block_forward
+from deltanet_ref.model.block import KEEP, MLP_TENSORS, block_backward, block_forward, block_forward_keeping
 from deltanet_ref.model.gated_attention import TENSORS as ATTENTION_TENSORS
 from deltanet_ref.model.gated_deltanet import TENSORS as DELTANET_TENSORS
 from deltanet_ref.model.layer import Attached, Gradients, Layer
 from deltanet_ref.ops.sequences import sequence_boundaries
 
 IGNORED = -100                # a label that is not trained, as in HF
-HEAD_BYTES = 64 << 20         # logits of the loss that exist at one time
 PREFILL_TOKENS = 512          # tokens of one prefill pass
 
 
@@ -23,6 +22,7 @@ class State(NamedTuple):
     """Everything the model remembers of B sequences of equal length. Functions return a new one, none is changed."""
     position: int             # tokens so far
     blocks: tuple             # DeltaNetState or AttentionState of each block
+    attached: tuple           # (adapter, scale) of those that acted on it: no others may go on with it
 
 
 class Packed(NamedTuple):
@@ -33,8 +33,22 @@ class Packed(NamedTuple):
 
 
 class ForwardCache(NamedTuple):
-    blocks: dict              # block number -> its cache, for the blocks that backward visits
+    blocks: dict              # block number -> what is kept of it, for the blocks that backward visits
     norm: tuple
+    options: dict             # of all blocks: rope, cu_seqlens
+
+
+class HeadRows:
+    """The head as linear_cross_entropy takes it: rows are decoded when they are asked for."""
+
+    def __init__(self, weights, name):
+        self._weights, self._name = weights, name
+
+    def __len__(self):
+        return self._weights.shape(self._name)[0]
+
+    def __getitem__(self, rows):
+        return self._weights.rows(self._name, rows)
 
 
 class Qwen35:
@@ -102,7 +116,7 @@ class Qwen35:
         packed = self._pack(tokens, lengths, cu_seqlens)
         logits = np.zeros((*tokens.shape, self.config.vocab_size), self.dtype)
         h, _ = self._forward(packed, keep_from=None)
-        logits[packed.place] = self.backend.linear_forward(h, self.weights[self.head])[0]
+        logits[packed.place] = self.weights.linear_forward(self.backend, [self.head], h)[0][0]
         return logits
 
     def hidden_states(self, tokens, lengths=None, cu_seqlens=None):
@@ -127,21 +141,23 @@ class Qwen35:
         loss, _ = self._head_loss(h, targets, grads=None)
         return loss
 
-    def _forward(self, packed, keep_from, visit=lambda h: None):
-        """Hidden states (1, T, D) after the last norm; caches of the blocks from keep_from on (None: no cache)."""
+    def _forward(self, packed, keep_from, keep=None, visit=lambda h: None):
+        """Hidden states (1, T, D) after the last norm; what backward needs of the blocks from keep_from on (None: of
+        none), as much as keep says, one of block.KEEP."""
         h = self._embed(packed.tokens[None])
         visit(h)
         lengths = np.diff(packed.cu_seqlens)
         rope = self._rope(np.arange(len(packed.tokens)) - np.repeat(packed.cu_seqlens[:-1], lengths))
-        caches = {}
+        options, blocks = dict(rope=rope, cu_seqlens=packed.cu_seqlens), {}
         for layer in self.layers:
-            h, _, cache = block_forward(h, layer, rope=rope, cu_seqlens=packed.cu_seqlens)
             if keep_from is not None and layer.index >= keep_from:
-                caches[layer.index] = cache
+                h, blocks[layer.index] = block_forward_keeping(keep, h, layer, **options)
+            else:
+                h = block_forward(h, layer, **options)[0]
             visit(h)
         h, norm = self.backend.rms_norm_forward(h, self.weights["output_norm.weight"], self.config.rms_norm_eps)
         visit(h)
-        return h, ForwardCache(caches, norm)
+        return h, ForwardCache(blocks, norm, options)
 
     def _embed(self, tokens):
         used, index = np.unique(tokens, return_inverse=True)
@@ -154,25 +170,31 @@ class Qwen35:
 
     # ---- backward
 
-    def loss_and_grads(self, tokens, labels, lengths=None, wrt="all", cu_seqlens=None):
+    def loss_and_grads(self, tokens, labels, lengths=None, wrt="all", cu_seqlens=None, keep="products"):
         """The loss and its gradient with respect to every base tensor ("all") or to the adapter's factors ("lora").
 
         Arguments as loss. Returns loss, {GGUF tensor name: array}; factors are named "<tensor>.lora_a" and ".lora_b".
         A tied token_embd.weight includes the head's part. With "lora" nothing is computed that the factors do not need.
+
+        keep: what stays of each block between forward and backward: "everything" (nothing is computed twice),
+        "products" (no product with a weight is), or "inputs" alone (checkpointing: every block is computed twice). The
+        gradients are the same to the bit; model/block.py counts the memory.
         """
         if wrt not in ("all", "lora"):
             raise InputError(f"wrt={wrt!r} is unknown: use 'all' (every base tensor) or 'lora' (the adapter's factors)")
+        if keep not in KEEP:
+            raise InputError(f"keep={keep!r} is unknown: use {', '.join(map(repr, KEEP))}")
         grads = Gradients(base=wrt == "all", trained=self._trained() if wrt == "lora" else None)
         lowest = self._lowest_block(grads)
         packed, targets = self._pack_with_targets(tokens, labels, lengths, cu_seqlens)
-        h, cache = self._forward(packed, keep_from=lowest)
+        h, cache = self._forward(packed, keep_from=lowest, keep=keep)
         loss, dh = self._head_loss(h, targets, grads)
         dh, dw = self.backend.rms_norm_backward(dh, cache.norm, need_dw=grads.base)
         if grads.base:
             grads.add("output_norm.weight", dw)
-        for index in reversed(range(lowest, len(self.layers))):
-            dh = block_backward(dh, self.layers[index], cache.blocks.pop(index), grads,
-                                need_dx=grads.base or index > lowest)
+        for layer in reversed(self.layers[lowest:]):
+            dh = block_backward(dh, layer, cache.blocks.pop(layer.index), grads,
+                                need_dx=grads.base or layer.index > lowest, **cache.options)
         if grads.base:
             grads.add("token_embd.weight",
                       self.backend.embedding_backward(dh, packed.tokens[None], self.config.vocab_size))
@@ -184,27 +206,18 @@ class Qwen35:
         return next((layer.index for layer in self.layers if grads.wanted(layer, every)), len(self.layers))
 
     def _head_loss(self, h, targets, grads):
-        """Cross-entropy of the head on h (1, T, D), a slice of the trained tokens at a time.
+        """Cross-entropy of the head on h (1, T, D), a block of the vocabulary at a time.
 
         grads None: only the loss. Otherwise loss and dh, and the head's gradient in grads when the base is trained.
         """
-        ops, w = self.backend, self.weights[self.head]
-        kept = np.flatnonzero(targets != IGNORED)
-        rows = max(1, HEAD_BYTES // (w.itemsize * len(w)))
-        loss, dh = 0.0, None if grads is None else np.zeros_like(h)
-        for start in range(0, len(kept), rows):
-            place = kept[start:start + rows]
-            x = h[0, place]
-            piece, cache = ops.cross_entropy_forward(ops.linear_forward(x, w), targets[place], count=len(kept))
-            loss += float(piece)
-            if grads is not None:
-                dlogits = ops.cross_entropy_backward(1.0, cache)
-                dh[0, place] = ops.linear_backward_input(dlogits, w)
-                if grads.base:
-                    grads.add(self.head, ops.linear_backward_weight(dlogits, x))
-        if grads is not None and grads.base and not len(kept):
-            grads.add(self.head, np.zeros_like(w))
-        return loss, dh
+        head = HeadRows(self.weights, self.head)
+        loss, cache = self.backend.linear_cross_entropy_forward(h[0], head, targets, need_gradient=grads is not None)
+        if grads is None:
+            return float(loss), None
+        dh, dw = self.backend.linear_cross_entropy_backward(1.0, cache, need_dw=grads.base)
+        if grads.base:
+            grads.add(self.head, dw)
+        return float(loss), dh[None]
 
     # ---- token by token
 
@@ -217,7 +230,7 @@ class Qwen35:
             raise InputError("prefill needs at least one token")
         for start in range(0, batch.shape[1], PREFILL_TOKENS):
             h, state = self._continue(batch[:, start:start + PREFILL_TOKENS], state)
-        logits = self.backend.linear_forward(h[:, -1:], self.weights[self.head])[:, 0]
+        logits = self.weights.linear_forward(self.backend, [self.head], h[:, -1:])[0][:, 0]
         return (logits[0] if tokens.ndim == 1 else logits), state
 
     def step(self, token, state):
@@ -228,15 +241,17 @@ class Qwen35:
 
     def _continue(self, tokens, state):
         B, L = tokens.shape
+        attached = tuple((a.adapter, a.scale) for a in self.adapters.values())
         if state is None:
-            state = State(0, (None,) * len(self.layers))
+            state = State(0, (None,) * len(self.layers), attached)
+        _check_same_adapters(state.attached, attached)
         rope = self._rope(state.position + np.arange(L))
         h, blocks = self._embed(tokens), []
         for layer, past in zip(self.layers, state.blocks):
             h, past, _ = block_forward(h, layer, rope=rope, state=past)
             blocks.append(past)
         h, _ = self.backend.rms_norm_forward(h, self.weights["output_norm.weight"], self.config.rms_norm_eps)
-        return h, State(state.position + L, tuple(blocks))
+        return h, State(state.position + L, tuple(blocks), attached)
 
     # ---- arguments
 
@@ -281,3 +296,15 @@ class Qwen35:
         ends = packed.cu_seqlens[1:] - 1
         targets[ends[ends >= 0]] = IGNORED
         return packed, targets
+
+
+def _check_same_adapters(before, now):
+    """Raises InputError when a state would be continued under other adapters than those that acted on it. Only an
+    activated LoRA may join: what comes before its invocation tokens is the base's."""
+    def without(some, others):
+        return [adapter for adapter, scale in some if not any(adapter is a and scale == s for a, s in others)]
+
+    joined = [adapter for adapter in without(now, before) if "invocation_tokens" not in adapter.metadata]
+    if joined or without(before, now):
+        raise InputError("this state was made under other adapters, or other scales, than those attached now: read the "
+                         "prompt again with state=None")

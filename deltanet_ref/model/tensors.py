@@ -135,6 +135,17 @@ def to_gguf_form(x, spec, config):
     return np.take(x, v_head_index(spec, config, to="tiled"), axis=spec.v_heads.axis)
 
 
+def to_hf_form(x, spec, config):
+    """Brings a GGUF tensor to HF's form, the inverse of to_gguf_form. x float64, or float32 where spec.value is "same"."""
+    if spec.v_heads is not None and config.linear_num_key_heads != config.linear_num_value_heads:
+        x = np.take(x, v_head_index(spec, config, to="grouped"), axis=spec.v_heads.axis)
+    if spec.value == "one_plus":
+        return x - 1
+    if spec.value == "minus_exp":
+        return np.log(-x)
+    return x.reshape(hf_shape(spec))
+
+
 def hf_shape(spec):
     """The shape of the tensor in an HF checkpoint."""
     return (spec.shape[0], 1, spec.shape[1]) if spec.value == "squeeze" else spec.shape

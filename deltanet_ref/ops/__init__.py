@@ -1,4 +1,5 @@
 """The operations of the model, each forward with its backward; this module is the default backend object."""
+from deltanet_ref.ops.adamw import adamw_update
 from deltanet_ref.ops.causal_conv1d import causal_conv1d_backward, causal_conv1d_forward
 from deltanet_ref.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from deltanet_ref.ops.decay_gate import decay_gate_backward, decay_gate_forward
@@ -8,7 +9,8 @@ from deltanet_ref.ops.gated_delta_rule import chunk_backward as gated_delta_rule
 from deltanet_ref.ops.gated_delta_rule import chunk_forward as gated_delta_rule_forward
 from deltanet_ref.ops.gated_delta_rule import recurrent_step as gated_delta_rule_step
 from deltanet_ref.ops.l2_norm import l2_norm_backward, l2_norm_forward
-from deltanet_ref.ops.linear import linear_backward_input, linear_backward_weight, linear_forward
+from deltanet_ref.ops.linear import linear_add, linear_backward_input, linear_backward_weight, linear_forward
+from deltanet_ref.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from deltanet_ref.ops.lora_linear import lora_backward, lora_forward
 from deltanet_ref.ops.rms_norm import (gated_rms_norm_backward, gated_rms_norm_forward, rms_norm_backward,
                                        rms_norm_forward)
@@ -18,10 +20,12 @@ from deltanet_ref.ops.softmax_attention import (sigmoid_gate_backward, sigmoid_g
 from deltanet_ref.ops.swiglu import swiglu_backward, swiglu_forward
 
 __all__ = [
-    "causal_conv1d_forward", "causal_conv1d_backward", "cross_entropy_forward", "cross_entropy_backward",
+    "adamw_update", "causal_conv1d_forward", "causal_conv1d_backward",
+    "cross_entropy_forward", "cross_entropy_backward",
     "decay_gate_forward", "decay_gate_backward", "embedding_forward", "embedding_backward",
     "gated_delta_rule_forward", "gated_delta_rule_backward", "gated_delta_rule_step",
-    "l2_norm_forward", "l2_norm_backward", "linear_forward", "linear_backward_input", "linear_backward_weight",
+    "l2_norm_forward", "l2_norm_backward", "linear_forward", "linear_add", "linear_backward_input",
+    "linear_backward_weight", "linear_cross_entropy_forward", "linear_cross_entropy_backward",
     "lora_forward", "lora_backward", "rms_norm_forward", "rms_norm_backward", "gated_rms_norm_forward",
     "gated_rms_norm_backward", "rope_tables", "rope_forward", "rope_backward", "softmax_attention_forward",
     "softmax_attention_backward", "sigmoid_gate_forward", "sigmoid_gate_backward", "swiglu_forward",

@@ -27,17 +27,7 @@ def cross_entropy_forward(logits, labels, *, ignore_index=-100, count=None):
     raises  InputError for a kept label outside 0..V-1, labels of another length, or count < 1
     """
     n, V = logits.shape
-    if labels.shape != (n,):
-        raise InputError(f"labels have shape {labels.shape}; with logits {logits.shape} they must be ({n},)")
-    kept = labels != ignore_index
-    bad = np.flatnonzero(kept & ((labels < 0) | (labels >= V)))
-    if len(bad):
-        raise InputError(f"label {labels[bad[0]]} at row {bad[0]} is outside the vocabulary: it must be "
-                         f"0 .. {V - 1}, or {ignore_index} to be ignored")
-    if count is None:
-        count = max(int(kept.sum()), 1)
-    elif count < 1:
-        raise InputError(f"count is {count}; the loss is divided by it, so it must be at least 1")
+    kept, count = kept_rows(labels, n, V, ignore_index, count)
     peak = logits.real.max(1, keepdims=True)                               # 1  peak = max_v logit_v
     total = np.empty((n, 1), logits.dtype)
     for start in range(0, n, ROWS):                                        # 2  total = sum_v exp(logit_v - peak)
@@ -62,3 +52,19 @@ def cross_entropy_backward(dloss, cache):
     rows = np.flatnonzero(kept)
     dlogits[rows, labels[rows]] -= dloss / count
     return dlogits
+
+
+def kept_rows(labels, n, V, ignore_index, count):
+    """Which of n rows count, bool (n,), and the divisor of their loss. Raises InputError as cross_entropy_forward."""
+    if labels.shape != (n,):
+        raise InputError(f"labels have shape {labels.shape}; for {n} rows they must be ({n},)")
+    kept = labels != ignore_index
+    bad = np.flatnonzero(kept & ((labels < 0) | (labels >= V)))
+    if len(bad):
+        raise InputError(f"label {labels[bad[0]]} at row {bad[0]} is outside the vocabulary: it must be "
+                         f"0 .. {V - 1}, or {ignore_index} to be ignored")
+    if count is None:
+        return kept, max(int(kept.sum()), 1)
+    if count < 1:
+        raise InputError(f"count is {count}; the loss is divided by it, so it must be at least 1")
+    return kept, count

@@ -12,6 +12,11 @@ def linear_forward(x, w):
     return (_rows(x) @ w.T).reshape(*x.shape[:-1], len(w))
 
 
+def linear_add(y, x, w):
+    """y += x w^T, in the place of y. x (..., in), w (out, in), y (..., out)."""
+    y += linear_forward(x, w)
+
+
 def linear_backward_input(dy, w):
     """dx = dy w [linear.3]. dy (..., out), w (out, in) -> dx (..., in)."""
     return (_rows(dy) @ w).reshape(*dy.shape[:-1], w.shape[1])

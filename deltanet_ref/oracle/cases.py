@@ -20,10 +20,10 @@ class Case:
     """One conformance case. Its id is "group/name"; operators.py says what its op takes and returns."""
     id: str
     op: str
-    sizes: dict               # letter of notation.py -> number
+    sizes: dict = field(hash=False)   # letter of notation.py -> number
     flags: tuple              # keys of flags.FLAGS
     seed: int
-    options: dict = field(default_factory=dict)   # how the inputs differ from the plain ones: see the makers below
+    options: dict = field(default_factory=dict, hash=False)   # how the inputs differ from plain ones: see the makers
 
     @property
     def group(self):

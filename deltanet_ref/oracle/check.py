@@ -31,6 +31,7 @@ class Report:
     dtype: str
     gradients: bool           # whether they were judged
     provenance: str           # what answered, and on which device
+    layout: Layout            # of the implementation
     _suspects: list = field(default=None, repr=False)
 
     @property
@@ -157,4 +158,4 @@ def examine(runner, cases, *, dtype, layout, gradients=None, progress=lambda cas
             results[case.id] = compare(case, right, outputs, dtype=dtype, gradients=gradients)
     device = " and ".join(sorted(devices - {""}))
     return Report([results[case.id] for case in cases], dtype, gradients,
-                  runner.provenance + (f" with {device}" if device else ""))
+                  runner.provenance + (f" with {device}" if device else ""), layout)

@@ -83,18 +83,22 @@ def _stage(case, name, axes, got, expected, dtype):
         return Stage("SHAPE", np.nan, None, f"{name} has dtype {got.dtype}; it must be a float type")
     if sampled:
         got = got[:, expected.sample]
-    precision = "bfloat16" if dtype == "bfloat16" else "float32"
-    share = FLOAT32_SHARE_OF_FLOAT64 if dtype == "float64" else 1.0
-    finite = np.isfinite(got)
-    with np.errstate(invalid="ignore", over="ignore"):
-        error = relative_error(got, want, expected.scales[name]) / (expected.floors[name][precision] * share)
-    error = np.where(finite, error, np.inf)
+    error = noise_multiples(got, want, expected, name, dtype)
     bad = error > FACTOR[dtype]
     worst = float(np.max(error, initial=0.0))
     if not bad.any():
         return Stage("ok", worst, None)
     where = first_bad(bad, axes, case, expected.sample if sampled else None, backward=name.startswith("d"))
-    return Stage("DIFF" if finite.all() else "NONFINITE", worst, where)
+    return Stage("DIFF" if np.isfinite(got).all() else "NONFINITE", worst, where)
+
+
+def noise_multiples(got, want, expected, name, dtype):
+    """|got - want| in noise floors of this output of a case, elementwise; inf where got is not finite."""
+    precision = "bfloat16" if dtype == "bfloat16" else "float32"
+    share = FLOAT32_SHARE_OF_FLOAT64 if dtype == "float64" else 1.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = relative_error(got, want, expected.scales[name]) / (expected.floors[name][precision] * share)
+    return np.where(np.isfinite(got), error, np.inf)
 
 
 def full_shape(case, want, sampled):

@@ -158,21 +158,35 @@ def _change(y, names, function):
             y[name] = function(y[name])
 
 
+def rule_inputs(layout, x):
+    """The inputs as the rule itself gets them inside a callee of this layout, and {"q", "k": cache of their norm}."""
+    if layout.scale == "none":
+        x = x | {"scale": 1.0}
+    if layout.l2norm == "outside":
+        return x, {}
+    wide = in_dtype(x, np.float64)
+    norms = {name: l2_norm_forward(wide[name]) for name in ("q", "k")}
+    return wide | {name: y for name, (y, _) in norms.items()}, {name: cache for name, (_, cache) in norms.items()}
+
+
+def through_norms(y, caches, sample=None):
+    """Answers of the rule with dq and dk taken back through the callee's norms; sample: the tokens that they hold."""
+    y = dict(y)
+    for name, cache in caches.items():
+        rows = type(cache)(*(a if sample is None else a[:, sample] for a in cache))
+        y[f"d{name}"] = l2_norm_backward(y[f"d{name}"], rows)
+    return y
+
+
 def _expected_of(layout, case, x):
     """What is expected when the callee normalises q and k itself, or does not scale q: computed now, noise and all."""
-    wide = in_dtype(x, np.float64)
-    if layout.scale == "none":
-        x, wide = x | {"scale": 1.0}, wide | {"scale": 1.0}
-    if layout.l2norm == "outside":
-        return compute(case, x)
-    (q, q_cache), (k, k_cache) = l2_norm_forward(wide["q"]), l2_norm_forward(wide["k"])
-    right = compute(case, wide | {"q": q, "k": k})
-    values, scale = dict(right.values), dict(right.scales)
-    for name, cache in (("dq", q_cache), ("dk", k_cache)):
-        y, r = (a if right.sample is None else a[:, right.sample] for a in cache)
-        values[name] = l2_norm_backward(values[name], type(cache)(y, r))
-        scale[name] = scale[name] * r[..., 0] * 2                          # dx = r (dy - y (y . dy)), two terms like dy
-    return right._replace(values=values, scales=scale)
+    x, caches = rule_inputs(layout, x)
+    right = compute(case, x)
+    scale = dict(right.scales)
+    for name, (_, r) in caches.items():
+        r = r if right.sample is None else r[:, right.sample]
+        scale[f"d{name}"] = scale[f"d{name}"] * r[..., 0] * 2              # dx = r (dy - y (y . dy)), two terms like dy
+    return right._replace(values=through_norms(right.values, caches, right.sample), scales=scale)
 
 
 def arguments(call):

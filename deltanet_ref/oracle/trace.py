@@ -261,16 +261,18 @@ class ObservedLayer(Layer):
         super().__init__(index, config, weights, ops, adapters)
         self._record = record
 
-    def linear_forward(self, tensor, x):
-        y, cache = super().linear_forward(tensor, x)
-        if tensor in _INTO_STREAM:
-            self._record(_INTO_STREAM[tensor][0], y)
-        return y, cache
+    def linear_maps_forward(self, tensors, x):
+        results, cache = super().linear_maps_forward(tensors, x)
+        for tensor, y in zip(tensors, results):
+            if tensor in _INTO_STREAM:
+                self._record(_INTO_STREAM[tensor][0], y)
+        return results, cache
 
-    def linear_backward(self, tensor, dy, *args, **options):
-        if tensor in _INTO_STREAM:
-            self._record(f"d.{_INTO_STREAM[tensor][1]}", dy)
-        return super().linear_backward(tensor, dy, *args, **options)
+    def linear_maps_backward(self, tensors, gradients, *args, **options):
+        for tensor, dy in zip(tensors, gradients):
+            if tensor in _INTO_STREAM:
+                self._record(f"d.{_INTO_STREAM[tensor][1]}", dy)
+        return super().linear_maps_backward(tensors, gradients, *args, **options)
 
 
 def observed(model, record):

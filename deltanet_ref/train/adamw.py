@@ -1,25 +1,21 @@
 """AdamW and the clipping of gradients by their global norm, on dictionaries of NumPy arrays."""
 import numpy as np
 
+from deltanet_ref import ops
 from deltanet_ref.errors import InputError
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2; constants as torch.optim.AdamW).
-
-    At step t, for each array p with gradient g:
-
-        p <- p - lr weight_decay p
-        m <- beta1 m + (1 - beta1) g                        m^ = m / (1 - beta1^t)
-        v <- beta2 v + (1 - beta2) g^2                      v^ = v / (1 - beta2^t)
-        p <- p - lr m^ / (sqrt(v^) + eps)
+    """Adam with decoupled weight decay: ops.adamw_update on every array.
 
     m and v have the dtype and shape of their array and start at zero.
 
     decays   name, array -> bool: which arrays are decayed (all by default)
+    backend  whose adamw_update it is
     """
 
-    def __init__(self, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decays=lambda name, array: True):
+    def __init__(self, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decays=lambda name, array: True, backend=ops):
+        self.backend = backend
         self.betas, self.eps, self.weight_decay, self.decays = betas, eps, weight_decay, decays
         self.t = 0
         self.m, self.v = {}, {}
@@ -30,18 +26,11 @@ class AdamW:
             odd = sorted(parameters.keys() ^ gradients.keys())
             raise InputError(f"parameters and gradients must have the same names; only one has {', '.join(odd)}")
         self.t += 1
-        beta1, beta2 = self.betas
         for name, p in parameters.items():
-            g = gradients[name]
             if name not in self.m:
                 self.m[name], self.v[name] = np.zeros_like(p), np.zeros_like(p)
-            m, v = self.m[name], self.v[name]
-            if self.weight_decay and self.decays(name, p):
-                p *= 1 - lr * self.weight_decay
-            m += (1 - beta1) * (g - m)
-            v *= beta2
-            v += (1 - beta2) * g * g
-            p -= lr / (1 - beta1**self.t) * m / (np.sqrt(v / (1 - beta2**self.t)) + self.eps)
+            self.backend.adamw_update(p, gradients[name], self.m[name], self.v[name], t=self.t, lr=lr, betas=self.betas,
+                                      eps=self.eps, weight_decay=self.weight_decay if self.decays(name, p) else 0.0)
 
 
 def clip_by_global_norm(gradients, limit):

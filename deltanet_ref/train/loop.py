@@ -1,9 +1,7 @@
 """The training loop, for any set of arrays and any function that gives their loss and gradients."""
 import itertools
 import math
-import resource
 import signal
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ import numpy as np
 
 from deltanet_ref.errors import InputError
 from deltanet_ref.train.adamw import clip_by_global_norm
+from deltanet_ref.train.memory import peak_memory
 
 
 class Diverged(ArithmeticError):
@@ -28,7 +27,7 @@ class TrainRecord(NamedTuple):
     iterations_per_second: float
     tokens_per_second: float  # all tokens that went through the model, trained or not
     trained_tokens: int      # since the start
-    peak_memory: int         # bytes, of this process
+    peak_memory: int         # bytes, since train.memory.start_phase
 
 
 class EvalRecord(NamedTuple):
@@ -178,9 +177,3 @@ def _stop_after_step():
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def peak_memory():
-    """The largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -10,7 +10,8 @@ from deltanet_ref.train.adamw import AdamW
 from deltanet_ref.train.batches import Example, shuffled
 from deltanet_ref.train.data import encode_dataset, read_dataset, sequence_limit
 from deltanet_ref.train.evaluate import mean_loss
-from deltanet_ref.train.loop import fit, peak_memory
+from deltanet_ref.train.loop import fit
+from deltanet_ref.train.memory import peak_memory, start_phase
 from deltanet_ref.train.report import Silent, TrainReport, format_trainable
 from deltanet_ref.train.schedule import SHAPES, schedule
 
@@ -31,6 +32,7 @@ class TrainOptions:
     grad_accumulation: int = option(1, int, "batches to an optimizer step")
     seq_len: int | None = option(None, int, f"most tokens of one example ({DEFAULT_SEQ_LEN}, or the model's context)")
     truncate: bool = option(False, bool, "cut longer examples instead of refusing them")
+    checkpoint: bool = option(False, bool, "gradient checkpointing: slower, less memory for long sequences")
     mask_prompt: bool = option(True, bool, "train on completions and answers only, not on what they answer")
     lr: float = option(2e-4, float, "peak learning rate")
     warmup: int = option(0, int, "steps in which it rises to the peak")
@@ -114,6 +116,7 @@ def prepare(rows, model, options):
 
 def run(model, adapter, splits, options, console=None, save=None):
     """Train on prepared Examples: the second half of train."""
+    peaks = {"load": start_phase()}
     _attach_trainable(model, adapter)
     parameters = adapter.tensors
     trainable = sum(array.size for array in parameters.values())
@@ -123,23 +126,31 @@ def run(model, adapter, splits, options, console=None, save=None):
     console.line(format_trainable(trainable, total))
 
     def loss_and_grads(batch):
-        return model.loss_and_grads(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens, wrt="lora")
+        return model.loss_and_grads(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens, wrt="lora",
+                                    keep="inputs" if options.checkpoint else "products")
 
     def evaluate():
         return mean_loss(model, splits["valid"], options.batch_size)
 
+    def on_step(iteration, loss):
+        if iteration == 1:
+            peaks["first step"] = start_phase()
+        console.step(iteration, loss)
+
     with console.running(steps):
         history = fit(
             parameters, loss_and_grads, shuffled(splits["train"], options.batch_size, options.seed), steps=steps,
-            optimizer=AdamW(weight_decay=options.weight_decay),
+            optimizer=AdamW(weight_decay=options.weight_decay, backend=model.backend),
             schedule=schedule(options.schedule, options.lr, steps, options.warmup), clip=options.clip or None,
             accumulation=options.grad_accumulation, evaluate=evaluate if splits["valid"] else None,
-            eval_every=options.eval_every, log_every=options.log_every, on_log=console.log, on_step=console.step,
+            eval_every=options.eval_every, log_every=options.log_every, on_log=console.log, on_step=on_step,
             save=save, save_every=options.save_every)
+    if len(history.losses) > 1:
+        peaks["later steps"] = peak_memory()
     return TrainReport(
         losses=history.losses, val_losses=[(e.iteration, e.loss) for e in history.evaluations],
         steps=len(history.losses), tokens=history.tokens, trained_tokens=history.trained_tokens,
-        seconds=history.seconds, tokens_per_second=history.tokens / history.seconds, peak_memory=peak_memory(),
+        seconds=history.seconds, tokens_per_second=history.tokens / history.seconds, peak_memory=peaks,
         trainable_parameters=trainable, total_parameters=total, interrupted=history.interrupted)
 
 

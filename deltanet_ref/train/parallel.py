@@ -3,8 +3,6 @@
 Trained are the tensors as the GGUF holds them, with one exception: A_log instead of ssm_a = -exp(A_log), so that the
 decay keeps its sign; dA_log = ssm_a dssm_a.
 """
-import ctypes
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,8 +14,6 @@ from deltanet_ref.train.batches import in_order
 # tensors whose last axis takes the dropout: what a block reads, what its branches give back, what the head reads
 DROPPED = ("attn_norm.weight", "post_attention_norm.weight", "ssm_out.weight", "attn_output.weight", "ffn_down.weight",
            "output_norm.weight")
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4        # glibc's malloc.h
 
 
 class ParallelModel:
@@ -59,7 +55,7 @@ class ParallelModel:
         config, weights, dtype = self.model.config, self.model.weights, self.model.dtype
         dropped = {name: weights[name] * scales[name] if name in scales else weights[name] for name in weights}
         model = Qwen35(config, Weights(config, dropped, dtype), backend=self.model.backend)
-        loss, gradients = model.loss_and_grads(tokens, tokens, wrt="all")
+        loss, gradients = model.loss_and_grads(tokens, tokens, wrt="all", keep="everything")
         for name, scale in scales.items():
             gradients[name] *= scale
         return loss, gradients
@@ -89,15 +85,3 @@ class ParallelModel:
 
 def _trained_name(name):
     return name.replace("ssm_a", "A_log") if name.endswith("ssm_a") else name
-
-
-def keep_freed_memory():
-    """Tell glibc to keep what is freed and never to map single arrays.
-
-    Otherwise each large array is mapped and unmapped, the threads wait for each other in the kernel, and two of them
-    are no faster than one (measured on 2 cores: 3.4 instead of 7.1 thousand tokens/s). Nothing on other systems.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)       # musl has none
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):
-            mallopt(option, value)

@@ -13,17 +13,21 @@ from gguf import LlamaFileType
 from deltanet_ref.backends import BACKENDS, get_backend, threads
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import ensure_writable
-from deltanet_ref.formats.gguf import write_gguf
+from deltanet_ref.formats.gguf import read_gguf, write_gguf
 from deltanet_ref.formats.quants import quantize
 from deltanet_ref.formats.tokenizer import Tokenizer, tokenizer_metadata
 from deltanet_ref.model.config import Config
+from deltanet_ref.model.load import weights_from_gguf
 from deltanet_ref.model.qwen35 import Qwen35
+from deltanet_ref.model.tensors import expected_tensors
+from deltanet_ref.model.weights import Weights
 from deltanet_ref.train.adamw import AdamW
 from deltanet_ref.train.batches import Example, pack
 from deltanet_ref.train.data import end_token
 from deltanet_ref.train.initial import new_model
 from deltanet_ref.train.loop import EvalRecord, fit
-from deltanet_ref.train.parallel import ParallelModel, keep_freed_memory
+from deltanet_ref.train.memory import keep_freed_memory
+from deltanet_ref.train.parallel import ParallelModel
 from deltanet_ref.train.report import Console, format_count
 from deltanet_ref.train.schedule import schedule
 
@@ -146,6 +150,7 @@ def add_arguments(parser):
     parser.add_argument("--name", default="tiny", help="general.name of the file (default tiny)")
     parser.add_argument("--description", default="", help="general.description of the file")
     parser.add_argument("--license", default="", help="general.license of the file")
+    parser.add_argument("--start", metavar="MODEL.gguf", type=Path, help="go on from this model instead of a new one")
     parser.add_argument("--backend", choices=BACKENDS, default="numba", help="what computes it (default numba)")
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int, help="optimizer steps")
@@ -159,7 +164,8 @@ def run(args):
     directory = args.tokenizer.parent if args.tokenizer.is_file() else args.tokenizer
     tokenizer = Tokenizer.from_hf(directory)
     config = make_config(args, tokenizer.vocab_size)
-    model = Qwen35(config, new_model(config, args.seed), backend=get_backend(args.backend), tokenizer=tokenizer)
+    weights = start_weights(args.start, config) if args.start else new_model(config, args.seed)
+    model = Qwen35(config, weights, backend=get_backend(args.backend), tokenizer=tokenizer)
     stored_tensors(model.weights, args.type)        # refuses a type that does not fit now, not at the end
     end = end_token(tokenizer)
     about = {f"general.{key}": getattr(args, key) for key in ("name", "description", "license") if getattr(args, key)}
@@ -193,7 +199,8 @@ def run(args):
         with console.running(steps):
             history = fit(
                 parallel.parameters, parallel.loss_and_grads, batches, steps=steps,
-                optimizer=AdamW(betas=ADAM_BETAS, weight_decay=args.weight_decay, decays=is_matrix),
+                optimizer=AdamW(betas=ADAM_BETAS, weight_decay=args.weight_decay, decays=is_matrix,
+                                backend=model.backend),
                 schedule=schedule("cosine", args.lr, steps, min(args.warmup, steps), FINAL_RATE), clip=args.clip,
                 evaluate=(lambda: parallel.evaluate(examples, args.batch_size)) if examples else None,
                 eval_every=args.eval_every, log_every=args.log_every, on_log=log, on_step=console.step,
@@ -231,6 +238,14 @@ def make_config(args, vocab_size):
         partial_rotary_factor=args.rotary, mrope_section=((pairs + 2) // 3, (pairs + 1) // 3, pairs // 3),
         layer_types=tuple("full_attention" if i % 4 == 3 else "linear_attention" for i in range(args.layers)),
         tie_word_embeddings=True, max_position_embeddings=args.context)
+
+
+def start_weights(path, config):
+    """The tensors of a GGUF model of this shape, dense float32 arrays that training may change. Raises InputError."""
+    theirs, weights, _ = weights_from_gguf(read_gguf(path), "float32")
+    if expected_tensors(theirs) != expected_tensors(config):
+        raise InputError(f"--start {path}: is a model of another shape than these options give")
+    return Weights(config, {name: np.array(w) for name, w in weights.items()}, "float32")
 
 
 def steps_in(seconds, parallel, batches):

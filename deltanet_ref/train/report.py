@@ -25,6 +25,11 @@ def format_trainable(trained, total):
     return f"Trainable parameters: {100 * trained / total:.2f}% ({format_count(trained)}/{format_count(total)})"
 
 
+def format_peaks(peaks):
+    """Peak memory: load 0.61 GB, first step 1.42 GB, later steps 1.31 GB"""
+    return "Peak memory: " + ", ".join(f"{phase} {peak / 1e9:.2f} GB" for phase, peak in peaks.items())
+
+
 def format_count(n):
     """Three digits and a letter: 3.19M, 755M, 42."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -43,7 +48,7 @@ class TrainReport:
     trained_tokens: int     # that had a label
     seconds: float          # in training steps
     tokens_per_second: float
-    peak_memory: int        # bytes
+    peak_memory: dict       # phase -> bytes: load, first step (kernels are compiled in it), later steps
     trainable_parameters: int
     total_parameters: int
     interrupted: bool       # Ctrl-C ended it early

@@ -1,9 +1,12 @@
-"""Cross-entropy of rows of logits, one task per row. Mathematics: docs/derivations/cross-entropy.md."""
+"""Cross-entropy of rows of logits, by itself and after a linear map; one task per row.
+
+Mathematics: docs/derivations/cross-entropy.md.
+"""
 import numpy as np
 
-from deltanet_ref import ops
 from deltanet_ref.backends.numba_cpu.kernel import exp, inlined, kernel, row, same_float
-from deltanet_ref.ops.cross_entropy import CrossEntropyCache
+from deltanet_ref.ops.cross_entropy import CrossEntropyCache, kept_rows
+from deltanet_ref.ops.linear_cross_entropy import gradients, one_pass
 
 LANES = 64                    # maxima that are followed side by side: one would depend on the one before
 SPAN = 1024                   # terms that are summed in the working precision, before float64
@@ -13,13 +16,10 @@ def cross_entropy_forward(logits, labels, *, ignore_index=-100, count=None):
     """loss, cache: arguments, returns and errors as ops.cross_entropy_forward."""
     same_float(logits)
     n, V = logits.shape
-    kept = labels != ignore_index
-    if labels.shape != (n,) or (kept & ((labels < 0) | (labels >= V))).any() or count is not None and count < 1:
-        return ops.cross_entropy_forward(logits, labels, ignore_index=ignore_index, count=count)   # raises the remedy
+    kept, count = kept_rows(labels, n, V, ignore_index, count)
     peak, total = np.empty((n, 1), logits.dtype), np.empty((n, 1), logits.dtype)
     _totals(n, logits, peak, total)
     rows = np.flatnonzero(kept)
-    count = max(len(rows), 1) if count is None else count
     surprise = np.log(total[rows, 0]) + (peak[rows, 0] - logits[rows, labels[rows]])
     return surprise.sum() / count, CrossEntropyCache(logits, labels, kept, peak, total, count)
 
@@ -30,6 +30,48 @@ def cross_entropy_backward(dloss, cache):
     dlogits = np.empty(logits.shape, logits.dtype)
     _dlogits(len(logits), logits, labels.astype(np.int64), kept.astype(np.int64), peak, total, dloss / count, dlogits)
     return dlogits
+
+
+def linear_cross_entropy_forward(x, w, labels, *, ignore_index=-100, count=None, need_gradient=True):
+    """loss, cache: arguments, returns and errors as ops.linear_cross_entropy_forward."""
+    same_float(x, w[:1])
+    return one_pass(x, w, labels, ignore_index, count, need_gradient, _absorb)
+
+
+def linear_cross_entropy_backward(dloss, cache, need_dw=True):
+    """dx, dw: as ops.linear_cross_entropy_backward."""
+    return gradients(dloss, cache, need_dw, _probabilities)
+
+
+def _absorb(s, peak, total, pull):
+    """As ops.linear_cross_entropy.absorb."""
+    _absorb_row(len(s), s, peak, total, pull)
+
+
+def _probabilities(s, peak, total):
+    """As ops.linear_cross_entropy.probabilities."""
+    _softmax_row(len(s), s, peak, total)
+    return s
+
+
+@kernel("w2 w2 w2 w2")
+def _absorb_row(first, last, s, peak, total, pull):
+    for t in range(first, last):
+        s_t, pull_t = row(s, t), row(pull, t)
+        before, highest = peak[t, 0], _max(s_t)
+        top = highest if highest > before else before
+        shrink = exp(before - top)
+        peak[t, 0], total[t, 0] = top, total[t, 0] * shrink + _replace_by_exp(s_t, top)
+        for m in range(len(pull_t)):
+            pull_t[m] *= shrink
+
+
+@kernel("w2 r2 r2")
+def _softmax_row(first, last, s, peak, total):
+    for t in range(first, last):
+        s_t, factor, top = row(s, t), s.dtype.type(1) / total[t, 0], peak[t, 0]
+        for v in range(len(s_t)):
+            s_t[v] = factor * exp(s_t[v] - top)
 
 
 @kernel("r2 w2 w2")
@@ -70,6 +112,19 @@ def _max(x):
     for v in range(whole, len(x)):
         top = x[v] if x[v] > top else top
     return top
+
+
+@inlined
+def _replace_by_exp(x, top):
+    """x = exp(x - top). Returns its sum."""
+    total = 0.0
+    for start in range(0, len(x), SPAN):
+        part, s = x[start:start + SPAN], x.dtype.type(0)
+        for j in range(len(part)):
+            part[j] = exp(part[j] - top)
+            s += part[j]
+        total += s
+    return total
 
 
 @inlined

@@ -6,12 +6,16 @@ fork, lets a fast core take more tasks than a slow one, and starts in 5 to 20 us
 Tasks never add to the same sum, so results do not depend on who computes what.
 """
 import math
+import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import NamedTuple
 
 import numpy as np
-from numba import carray, config, njit, types
+from numba import carray, config, from_dtype, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
@@ -25,10 +29,13 @@ BLOCK = 1 << 14                                    # elements that one task of a
 SHARES = 8                                         # a thread takes this part of what would be its tasks at a time
 
 # Numba compiles again when the file of a kernel has changed. The functions that kernels share are in these files:
-SHARED_FILES = [Path(__file__).with_name(name) for name in ("kernel.py", "blas.py")]
+SHARED_FILES = [Path(__file__).with_name(name) for name in ("kernel.py", "blas.py", "vectors.py")]
 SHARED_SOURCE = "_%08x" % zlib.crc32(b"".join(file.read_bytes() for file in SHARED_FILES))
 
-helpers = ThreadPoolExecutor(thread_name_prefix="kernel", max_workers=256)         # threads are started as needed
+# glibc returns a large array to the system when it is freed, and has the next one cleared, until it has seen the free of
+# a larger one. So here is one; without it, 6 ms of a token after a short prompt (0.8B) go there.
+np.empty(31 << 20, np.uint8)
+
 number_of_threads = config.NUMBA_NUM_THREADS       # the environment's NUMBA_NUM_THREADS, or one for each core
 
 
@@ -50,50 +57,106 @@ def set_threads(n):
 
 def kernel(signature):
     """Decorate a function of (first, last, *args) that does tasks first .. last-1; call it as function(tasks, *args).
+    function.work(tasks, *args) is the same as a piece of work for run_together.
 
     signature: a word for each of args. r3 is an array of 3 axes that is read, w3 one that is written, f a number; those
-    are of the dtype of the first one, float32 or float64, for each of which numba compiles on the first call. i is a
-    whole number, i1 an array of them.
+    are of the dtype of the first one, float32 or float64. i is a whole number, i1 an array of them; b2 is an array of
+    records that is read. For each dtype and each kind of record numba compiles on the first call.
     To the compiler arrays have any strides, so that a view does not mean another compilation. Their last axis is
     contiguous all the same (an array that is read is copied where it is not), which `row` makes known.
     Compiled kernels stay in __pycache__.
     """
     words = signature.split()
+    records = [i for i, word in enumerate(words) if word[0] == "b"]
 
     def decorate(function):
         function.__qualname__ += SHARED_SOURCE
         compiled = {}
 
-        def call(tasks, *args):
-            dtype = args[0].dtype.char
-            if dtype not in compiled:
-                types_of = [_numba_type(word, FLOATS[dtype]) for word in ["i", "i", *words]]
-                compiled[dtype] = njit([tuple(types_of)], nogil=True, cache=True, **OPTIONS)(function)
+        def work(tasks, *args):
+            dtypes = (args[0].dtype, *[args[i].dtype for i in records])
+            if dtypes not in compiled:
+                types_of = [_numba_type(word, x, FLOATS[dtypes[0].char]) for word, x in zip(words, args)]
+                compiled[dtypes] = njit([(types.int64, types.int64, *types_of)], nogil=True, cache=True,
+                                        **OPTIONS)(function)
             args = [_contiguous_rows(x) if word[0] == "r" else x for word, x in zip(words, args)]
-            _share(lambda first, last: compiled[dtype](first, last, *args), tasks)
+            return Work(tasks, compiled[dtypes], args)
+
+        def call(tasks, *args):
+            run_together([work(tasks, *args)])
+        call.work = work
         return call
     return decorate
 
 
-def _share(run, tasks):
-    """run(first, last) on parts of range(tasks) until all is done, by this thread and those that are free to help."""
+class Work(NamedTuple):
+    """A kernel with its arguments."""
+    tasks: int
+    run: Callable             # (first, last, *args)
+    args: list
+
+
+def run_together(works):
+    """Every task of every Work, by this thread and those that are free to help, at the price of one start."""
+    tasks = sum(work.tasks for work in works)
     step = max(1, tasks // (SHARES * number_of_threads))
-    parts = iter(range(0, tasks, step))            # next() on it is atomic
+    parts = [(work.run, first, min(first + step, work.tasks), work.args)
+             for work in works for first in range(0, work.tasks, step)]
+    wanted = min(number_of_threads, len(parts)) - 1
+    left = iter(parts)                             # next() on it is atomic
+    helping, errors = [], []                       # a lock for each helper that has begun, held until it is done
 
     def take_parts():
-        for first in parts:
-            run(first, min(first + step, tasks))
+        for run, first, last, args in left:
+            run(first, last, *args)
 
-    wanted = min(number_of_threads, -(-tasks // step)) - 1
-    helping = [helpers.submit(take_parts) for _ in range(wanted)]
+    def help():
+        done = Lock()
+        done.acquire()
+        helping.append(done)                       # before it takes a part: one that begins late takes none
+        try:
+            take_parts()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.release()
+
+    if wanted > 0:
+        helpers.ask(help, wanted)
     take_parts()
-    for helper in helping:
-        if not helper.cancel():                    # one that has not begun has nothing left to do
-            helper.result()
+    for done in helping:
+        done.acquire()
+    if errors:
+        raise errors[0]
 
 
-def _numba_type(word, dtype):
-    scalar = types.int64 if word[0] == "i" else dtype
+class Helpers:
+    """Threads that do what they are asked to. A ThreadPoolExecutor would take twice as long to start them."""
+
+    def __init__(self):
+        self.jobs, self.threads, self.starting = SimpleQueue(), 0, Lock()
+
+    def ask(self, job, times):
+        """Let job() be called by so many threads; it is not waited for."""
+        with self.starting:
+            for _ in range(times - self.threads):
+                Thread(target=self._work, name="kernel", daemon=True).start()
+                self.threads += 1
+        for _ in range(times):
+            self.jobs.put(job)
+
+    def _work(self):
+        while True:
+            self.jobs.get()()
+
+
+helpers = Helpers()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=helpers.__init__)       # the child has none of the threads
+
+
+def _numba_type(word, x, dtype):
+    scalar = types.int64 if word[0] == "i" else from_dtype(x.dtype) if word[0] == "b" else dtype
     return scalar if len(word) == 1 else types.Array(scalar, int(word[1]), "A", readonly=word[0] != "w")
 
 

@@ -1,0 +1,104 @@
+"""deltanet-ref convert: adapters between GGUF and PEFT, base models between GGUF and HF."""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from deltanet_ref.cli.model import losses_by_type, refuse_input_as_output
+from deltanet_ref.errors import InputError
+
+PREFIXES = ("model.", "model.language_model.")
+
+EPILOG = """\
+SOURCE is an adapter (a GGUF file, or a directory with adapter_config.json) or a base model (a GGUF file, or a directory
+with config.json). OUTPUT is a GGUF file when its name ends in .gguf, and otherwise a new directory: PEFT's for an
+adapter, HF's for a base model. An adapter needs --base, whose shape tells the order of the heads.
+
+example:
+  deltanet-ref convert peft-directory -o scots.gguf --base Qwen3.5-0.8B-Q8_0.gguf
+  deltanet-ref convert scots.gguf -o peft-directory --base Qwen3.5-0.8B-Q8_0.gguf
+  deltanet-ref convert merged-hf-directory -o merged.gguf --type q8_0
+  deltanet-ref convert merged.gguf -o hf-directory --type bf16
+"""
+
+
+def add_arguments(parser):
+    from deltanet_ref.model.convert import CHOICES
+
+    parser.epilog = EPILOG
+    parser.add_argument("source", metavar="SOURCE", help="an adapter or a base model")
+    parser.add_argument("-o", "--output", required=True, metavar="OUTPUT",
+                        help="a name ending in .gguf, or a directory")
+    parser.add_argument("--type", choices=CHOICES, metavar="NAME",
+                        help=f"{', '.join(CHOICES)}; adapters and HF directories only the first three (default: as it "
+                             "is)")
+    adapter = parser.add_argument_group("adapters")
+    adapter.add_argument("--base", metavar="MODEL", help="the base model: a .gguf file or an HF directory")
+    adapter.add_argument("--drop", metavar="KIND,...", default="",
+                         help="leave out what is no plain LoRA: dora, modules_to_save, bias, conv1d, A_log, ...")
+    adapter.add_argument("--prefix", choices=PREFIXES, default=PREFIXES[0], metavar="PATH",
+                         help=f"of the modules in a PEFT directory: {' (default) or '.join(PREFIXES)}")
+    adapter.add_argument("--task-name", metavar="TEXT", help="stored in the adapter: what it is for")
+    adapter.add_argument("--prompt-prefix", metavar="TEXT", help="stored in the adapter: put before every prompt")
+    adapter.add_argument("--invocation", metavar="TEXT",
+                         help="make it an activated LoRA, which acts from this text in the prompt on")
+
+
+def run(args):
+    refuse_input_as_output(args.output, args.source, args.base)
+    if is_adapter(args.source):
+        return convert_adapter(args)
+    given = [option for option in ("base", "drop", "task_name", "prompt_prefix", "invocation") if getattr(args, option)]
+    if given:
+        raise InputError(f"--{given[0].replace('_', '-')} is for adapters; {args.source} is a base model")
+    from deltanet_ref.model.convert import GGUFBase, check_output, open_base, write_base, writes_gguf
+
+    base = open_base(args.source)
+    check_output(base, args.output, args.type)
+    if isinstance(base, GGUFBase) != writes_gguf(args.output):
+        for note in base.notes:
+            print(f"note: {note}", file=sys.stderr)
+    print(losses_by_type(write_base(base, args.output, args.type)), end="")
+    print(f"Wrote {args.output}: {len(base.specs)} tensors")
+
+
+def is_adapter(path):
+    """By what is in the file or directory; raises InputError when it is neither an adapter nor a model."""
+    from deltanet_ref.formats.gguf import read_gguf
+
+    path = Path(path)
+    if not path.is_dir():
+        return read_gguf(path).metadata.get("general.type") == "adapter"
+    found = [name for name in ("adapter_config.json", "config.json") if (path / name).is_file()]
+    if not found:
+        raise InputError(f"{path}: has neither adapter_config.json nor config.json: it is no adapter and no model")
+    return found[0] == "adapter_config.json"
+
+
+def convert_adapter(args):
+    from deltanet_ref.formats.files import atomic_directory, ensure_new_directory, ensure_writable
+    from deltanet_ref.formats.tokenizer import load_tokenizer
+    from deltanet_ref.lora.adapter import open_adapter
+    from deltanet_ref.model.convert import writes_gguf
+    from deltanet_ref.model.load import read_config
+
+    if args.base is None:
+        raise InputError("an adapter needs --base MODEL, its base model: a .gguf file or an HF directory")
+    to_gguf = writes_gguf(args.output)
+    ensure_writable(args.output) if to_gguf else ensure_new_directory(args.output)
+    drop = [name.strip() for name in args.drop.split(",") if name.strip()]
+    adapter = open_adapter(args.source, read_config(args.base), np.float64, drop)
+    given = {"task_name": args.task_name, "prompt_prefix": args.prompt_prefix,
+             "invocation_tokens": args.invocation and load_tokenizer(args.base).encode(args.invocation)}
+    adapter.metadata |= {name: value for name, value in given.items() if value}
+    for note in adapter.notes:
+        print(f"note: {note}", file=sys.stderr)
+    kind = args.type or "kept"
+    if to_gguf:
+        adapter.save_gguf(args.output, kind)
+    else:
+        with atomic_directory(args.output) as temporary:
+            adapter.save_peft(temporary, kind, args.prefix)
+    ranks = sorted({adapter.rank(target) for target in adapter.targets})
+    print(f"Wrote {args.output}: {len(adapter.targets)} tensors adapted, rank {', '.join(map(str, ranks))}, "
+          f"alpha {adapter.alpha:g}")

@@ -1,0 +1,41 @@
+"""deltanet-ref merge: a base model with adapters worked in."""
+from deltanet_ref.cli.model import losses_by_type, refuse_input_as_output, split_scale
+
+EPILOG = """\
+OUTPUT is a GGUF file when its name ends in .gguf, and otherwise a new HF directory. Without --type every tensor keeps
+its type, and what no adapter changes is copied byte for byte. For a changed tensor that is quantised anew, "error" is
+what that adds and "change" what the adapters did, both against the tensor's size: where the error is the larger of the
+two, much of the adapter is lost, and a finer type or the adapter at run time serves better.
+
+example:
+  deltanet-ref merge Qwen3.5-0.8B-F16.gguf --adapter scots.gguf -o scots-F16.gguf
+  deltanet-ref merge Qwen3.5-0.8B-F16.gguf --adapter scots.gguf=0.8 --type q4_k_m -o scots-Q4_K_M.gguf
+"""
+
+
+def add_arguments(parser):
+    from deltanet_ref.model.convert import CHOICES
+
+    parser.epilog = EPILOG
+    parser.add_argument("base", metavar="BASE", help="a .gguf file, or a directory with config.json and safetensors")
+    parser.add_argument("--adapter", action="append", required=True, metavar="FILE[=SCALE]",
+                        help="a GGUF adapter or PEFT directory, with SCALE (default 1); may be given several times")
+    parser.add_argument("-o", "--output", required=True, metavar="OUTPUT",
+                        help="a name ending in .gguf, or a directory")
+    parser.add_argument("--type", choices=CHOICES, metavar="NAME",
+                        help=f"{', '.join(CHOICES)}; HF directories only the first three (default: as it is)")
+
+
+def run(args):
+    from deltanet_ref.lora.merge import merge
+
+    adapters = [split_scale(spec) for spec in args.adapter]
+    refuse_input_as_output(args.output, args.base, *(path for path, _ in adapters))
+    losses = merge(args.base, adapters, args.output, args.type)
+    changed = [w for w in losses if w.change is not None]
+    if changed:
+        print(f"{'tensor':32} {'type':5} {'error':>9} {'change':>9}")
+    for w in changed:
+        print(f"{w.name:32} {w.type.name:5} {w.error:9.2e} {w.change:9.2e}")
+    print(losses_by_type(losses), end="")
+    print(f"Wrote {args.output}")

@@ -1,0 +1,284 @@
+"""Base models, written tensor by tensor from a GGUF file or an HF directory to either, with changes on the way.
+
+Matrices take the chosen type; norms, the convolution and the other tensors with one axis stay float32, as the official
+converter has it. What is neither changed nor brought to another type is copied byte for byte, and a GGUF file or HF
+directory keeps what it holds beside the text model (vision, multi-token prediction) as long as it is not turned into
+the other. A tensor is in memory while it is written, no longer.
+"""
+import json
+import shutil
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from gguf import LlamaFileType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as Type
+
+from deltanet_ref.errors import InputError
+from deltanet_ref.formats.files import atomic_directory, ensure_new_directory, ensure_writable, read_json
+from deltanet_ref.formats.gguf import read_gguf, write_gguf
+from deltanet_ref.formats.quants import QUANTIZABLE, dequantize, quantize
+from deltanet_ref.formats.safetensors import INDEX, SINGLE, write_safetensors
+from deltanet_ref.formats.tokenizer_files import read_tokenizer_files, write_tokenizer_files
+from deltanet_ref.model.load import listing, open_hf, weights_from_gguf
+from deltanet_ref.model.tensors import expected_tensors, hf_shape, to_gguf_form, to_hf_form
+
+# what a file can be made of: the type of its matrices, and the number by which llama.cpp shows it
+CHOICES = {"f32": (Type.F32, LlamaFileType.ALL_F32), "f16": (Type.F16, LlamaFileType.MOSTLY_F16),
+           "bf16": (Type.BF16, LlamaFileType.MOSTLY_BF16), "q8_0": (Type.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+           "q6_k": (Type.Q6_K, LlamaFileType.MOSTLY_Q6_K), "q5_k": (Type.Q5_K, LlamaFileType.MOSTLY_Q5_K_S),
+           "q4_k_m": (Type.Q4_K, LlamaFileType.MOSTLY_Q4_K_M), "q4_k": (Type.Q4_K, LlamaFileType.MOSTLY_Q4_K_S),
+           "q4_0": (Type.Q4_0, LlamaFileType.MOSTLY_Q4_0)}
+FLOATS = (Type.F32, Type.F16, Type.BF16)            # these an HF directory can hold; their names are safetensors' too
+# llama-quantize's replacements for rows that are not whole blocks
+FALLBACK = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0, Type.Q5_0: Type.F16, Type.Q5_1: Type.F16,
+            Type.Q4_0: Type.F16, Type.Q8_0: Type.F16}
+MORE_BITS = ("attn_v.weight", "attn_qkv.weight", "ffn_down.weight")      # Q6_K in some layers of a Q4_K_M file
+COPIED_SUFFIXES = (".json", ".jinja", ".txt")       # what an HF directory has beside its weights
+
+
+class Written(NamedTuple):
+    """A tensor that was encoded anew, in a type that may not hold its values exactly."""
+    name: str
+    type: Type
+    error: float               # |stored - meant| / |meant|, in the root of the sum of squares
+    change: float | None       # |meant - before| / |before|, of a changed tensor
+
+
+class GGUFBase:
+    """A base model in a GGUF file: config, notes, and its tensors by GGUF name when they are asked for."""
+
+    def __init__(self, path):
+        self.path, self.file = Path(path), read_gguf(path)
+        self.config, _, self.notes = weights_from_gguf(self.file, "float32")
+        self.specs = expected_tensors(self.config)
+
+    def type(self, name):
+        """The stored type."""
+        return self.file.tensors[name].type
+
+    def read(self, name):
+        """The tensor in GGUF's form: float32, but float64 where the two forms differ in value."""
+        tensor = self.file.tensors[name]
+        return dequantize(tensor.raw, tensor.type, tensor.shape, _working_dtype(self.specs[name]))
+
+
+class HFBase:
+    """The same of an HF directory."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.config, self.stored, self.names, self.notes = open_hf(path)
+        self.specs = expected_tensors(self.config)
+
+    def type(self, name):
+        dtype = self.stored.stored(self.names[name]).dtype
+        return Type[dtype] if dtype in Type.__members__ and Type[dtype] in FLOATS else Type.F32
+
+    def read(self, name):
+        spec = self.specs[name]
+        return to_gguf_form(self.stored[self.names[name]].astype(_working_dtype(spec)), spec, self.config)
+
+
+def open_base(path):
+    """A GGUF file -> GGUFBase, an HF directory -> HFBase, checked as load_model checks it; no tensor is read."""
+    return HFBase(path) if Path(path).is_dir() else GGUFBase(path)
+
+
+def writes_gguf(output):
+    """Whether this output means a GGUF file; anything else is an HF directory."""
+    return Path(output).suffix == ".gguf"
+
+
+def check_output(base, output, choice=None, changed=()):
+    """Raises InputError for what write_base would refuse, without writing anything."""
+    ensure_writable(output) if writes_gguf(output) else ensure_new_directory(output)
+    _types(base, output, choice, changed)
+
+
+def write_base(base, output, choice=None, changes=None):
+    """Writes a base model: to a GGUF file when output ends in .gguf, else to a new HF directory.
+
+    base     GGUFBase or HFBase
+    choice   of CHOICES, the type of the matrices; None keeps each tensor's own (a quantised one becomes f32 in HF)
+    changes  GGUF name -> function of the tensor (float32, GGUF's form) that returns it changed
+    returns  a Written for each tensor that was encoded anew and lost something by it
+    raises   InputError: a type that the output or our quantisers do not have, an output that cannot be written
+    """
+    changes = changes or {}
+    types, losses = _types(base, output, choice, changes), []
+    encode = partial(_encode, base, types, changes, losses)
+    if writes_gguf(output):
+        _write_gguf(base, output, choice, types, changes, encode)
+    else:
+        _write_hf(base, output, types, changes, encode)
+    return losses
+
+
+def hf_config(config, dtype, special=None):
+    """config.json of the text-only HF model, a dict. special: eos_token_id and the like."""
+    numbers = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+               "head_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
+               "linear_conv_kernel_dim max_position_embeddings tie_word_embeddings").split()
+    return {
+        "architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "dtype": dtype,
+        **{name: getattr(config, name) for name in numbers},
+        "rms_norm_eps": _shortest(config.rms_norm_eps), "layer_types": list(config.layer_types),
+        "rope_parameters": {"rope_type": "default", "rope_theta": _shortest(config.rope_theta),
+                            "partial_rotary_factor": config.partial_rotary_factor,
+                            "mrope_section": list(config.mrope_section), "mrope_interleaved": True},
+        "hidden_act": "silu", "attention_bias": False, "attn_output_gate": True, "mtp_num_hidden_layers": 0,
+        **(special or {}),
+    }
+
+
+# ---- types
+
+def _types(base, output, choice, changed):
+    """GGUF name -> the type in which it is written; raises InputError for those that cannot be."""
+    if choice is not None and choice not in CHOICES:
+        raise InputError(f"the type {choice!r} is unknown: use one of {', '.join(CHOICES)}")
+    if writes_gguf(output):
+        types = {name: _gguf_type(base, name, choice) for name in base.specs}
+    else:
+        if choice is not None and CHOICES[choice][0] not in FLOATS:
+            raise InputError(f"an HF directory holds f32, f16 or bf16, not {choice}: give a name that ends in .gguf")
+        types = {name: _hf_type(base, name, choice) for name in base.specs}
+    stuck = [f"{name} {types[name].name}" for name in changed if types[name] not in QUANTIZABLE]
+    if stuck:
+        raise InputError(f"{base.path}: " + listing("changed tensors have a type that is not written", stuck) +
+                         f"; choose another: {', '.join(CHOICES)}")
+    return types
+
+
+def _gguf_type(base, name, choice):
+    if not _is_matrix(base.specs[name]):
+        return base.type(name) if choice is None and isinstance(base, GGUFBase) else Type.F32
+    if choice is None:
+        return base.type(name)
+    kind, layers = CHOICES[choice][0], base.config.num_hidden_layers
+    head = "token_embd.weight" if base.config.tie_word_embeddings else "output.weight"
+    if kind not in FLOATS and kind != Type.Q8_0 and name == head:
+        kind = Type.Q6_K                            # as llama-quantize has it
+    if choice == "q4_k_m" and name.endswith(MORE_BITS) and _has_more_bits(int(name.split(".")[1]), layers):
+        kind = Type.Q6_K
+    while base.specs[name].shape[-1] % GGML_QUANT_SIZES[kind][0]:
+        kind = FALLBACK[kind]
+    return kind
+
+
+def _has_more_bits(layer, layers):
+    """Q4_K_M spends more on the first and the last eighth of the layers, and on every third between."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _hf_type(base, name, choice):
+    kept = base.type(name) if base.type(name) in FLOATS else Type.F32
+    return kept if choice is None or not _is_matrix(base.specs[name]) else CHOICES[choice][0]
+
+
+def _type_of_matrices(base, types):
+    """The most common one."""
+    return Counter(types[name] for name, spec in base.specs.items() if _is_matrix(spec)).most_common(1)[0][0]
+
+
+def _is_matrix(spec):
+    return len(spec.shape) == 2 and spec.value != "squeeze"
+
+
+# ---- writing
+
+def _encode(base, types, changes, losses, name, form=lambda x: x):
+    """The bytes of one tensor; what its type loses goes to losses. form: from GGUF's form to the one written."""
+    x, change = base.read(name), None
+    if name in changes:
+        before, x = x, changes[name](x)
+        change = _relative(x, before)
+    x = form(x)
+    try:
+        raw = quantize(x, types[name])
+    except InputError as error:
+        raise InputError(f"{base.path}: {name}: {error}") from error
+    if types[name] != Type.F32:
+        error = _relative(dequantize(raw, types[name], x.shape), x)
+        if error:
+            losses.append(Written(name, types[name], error, change))
+    return raw
+
+
+def _write_gguf(base, path, choice, types, changes, encode):
+    if isinstance(base, GGUFBase):
+        metadata, stored = dict(base.file.metadata), base.file.tensors
+    else:
+        stored, metadata = {}, base.config.to_gguf_metadata() | {"general.name": base.path.resolve().name}
+        if (base.path / "tokenizer.json").exists():
+            metadata |= read_tokenizer_files(base.path, base.config.vocab_size)
+        choice = choice or _type_of_matrices(base, types).name.lower()
+    if choice is not None:
+        metadata |= {"general.file_type": int(CHOICES[choice][1]), "general.quantization_version": 2}
+    tensors = {}
+    for name in stored or base.specs:
+        kept = name in stored and name not in changes and stored[name].type == types.get(name, stored[name].type)
+        tensors[name] = ((stored[name].raw, stored[name].type, stored[name].shape) if kept else
+                         (partial(encode, name), types[name], base.specs[name].shape))
+    write_gguf(path, metadata, tensors)
+
+
+def _write_hf(base, directory, types, changes, encode):
+    stored = base.stored if isinstance(base, HFBase) else {}
+    names = base.names if stored else {name: spec.hf_name for name, spec in base.specs.items()}
+    tensors = {name: _as_stored(stored, name) for name in stored}
+    for name, spec in base.specs.items():
+        if names[name] in tensors and name not in changes and tensors[names[name]][1] == types[name].name:
+            continue
+        form = partial(to_hf_form, spec=spec, config=base.config)
+        tensors[names[name]] = partial(encode, name, form), types[name].name, hf_shape(spec)
+    dtype = {Type.F32: "float32", Type.F16: "float16", Type.BF16: "bfloat16"}[_type_of_matrices(base, types)]
+    with atomic_directory(directory) as temporary:
+        if stored:
+            _copy_beside_weights(base.path, temporary, dtype)
+        else:
+            metadata = base.file.metadata
+            special = {f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id")
+                       for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+            text = json.dumps(hf_config(base.config, dtype, special), indent=2)
+            (temporary / "config.json").write_text(text + "\n", "utf-8")
+            if "tokenizer.ggml.tokens" in metadata:
+                write_tokenizer_files(temporary, metadata)
+        write_safetensors(temporary / SINGLE, tensors, {"format": "pt"})
+
+
+def _as_stored(stored, name):
+    tensor = stored.stored(name)
+    return tensor.raw, tensor.dtype, tensor.shape
+
+
+def _copy_beside_weights(source, target, dtype):
+    """config.json with its dtype, and the tokenizer's and other small files."""
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in COPIED_SUFFIXES and path.name not in (INDEX, "config.json"):
+            shutil.copyfile(path, target / path.name)
+    config = read_json(source / "config.json")
+    for part in (config, config.get("text_config", {})):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = dtype
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def _working_dtype(spec):
+    return np.float64 if spec.value in ("one_plus", "minus_exp") else np.float32
+
+
+def _relative(x, reference):
+    """|x - reference| / |reference|."""
+    size = np.linalg.norm(reference)
+    return float(np.linalg.norm(np.subtract(x, reference)) / size) if size else float(np.linalg.norm(x) > 0)
+
+
+def _shortest(x):
+    """The shortest number that is this one in float32, where GGUF keeps it: 1e-06 again, not 9.999999974752427e-07."""
+    return float(str(np.float32(x)))

@@ -1,0 +1,3 @@
+from deltanet_ref.oracle.mutants.confusion import main
+
+main()

@@ -1,0 +1,202 @@
+"""Which known mistakes look like a failure. Three kinds of evidence, the strongest first:
+
+value  a mutant, put to the same cases, gives the implementation's own wrong numbers
+size   a mutant whose numbers depend on who makes it (roundings, overflows, memory left as it was) errs in the same
+       cases and outputs, and by as much
+place  what fails is just what a mistake can touch: the cases with one flag, the rows after the first, short chunks
+
+Only outputs are looked at when one of them is wrong, since gradients of a wrong forward say little; else gradients.
+"""
+import functools
+
+import numpy as np
+
+from deltanet_ref.oracle.catalogue import CATALOGUE
+from deltanet_ref.oracle.compare import noise_multiples
+from deltanet_ref.oracle.flags import FLAGS
+from deltanet_ref.oracle.layouts import Layout, put, rule_inputs, take, through_norms
+from deltanet_ref.oracle.mutants import answers, mistakes_of
+from deltanet_ref.oracle.mutants.edits import BASES
+from deltanet_ref.oracle.noise import FACTOR
+from deltanet_ref.oracle.operators import OPERATORS, in_dtype
+
+CHUNKS = (16, 32, 64, 128)    # tokens per chunk of the implementation: nobody tells
+LONGEST = 200                 # tokens of the cases that mutants are put to
+FIRST, FAILING, PASSING = 4, 10, 6                # failing cases for every mutant; cases for those that do well there
+LIKELY = 0.5                  # share of what is wrong that a suspect must explain
+ALWAYS = 0.75                 # share of an output that must be explained for it to count
+EXPLAINED = 0.05              # part of an error that may be left for it to be explained
+LARGEST = 2.0 ** 30           # noise floors up to which errors are compared
+AS_LARGE = 2.0                # bits by which errors of one mistake differ from maker to maker
+RARE = 0.6                    # part of the cases: what more of them have tells nothing
+ROUNDING = 2.0 ** -6          # relative error that rounding to bfloat16 can make
+PLACE = 0.45                  # score of a suspect whose place fits exactly, below those that numbers speak for
+
+
+def rank(report, realisations="ab"):
+    """[(number in catalogue.py, title, score)], the likeliest first; empty: nothing known looks like this.
+
+    report        check.Report
+    realisations  of every mutant that are tried
+    score         1 when all that is wrong is explained to the last digit
+    """
+    best = {}
+    for op in dict.fromkeys(result.case.op for result in report.failed):
+        results = [result for result in report.cases if result.case.op == op and result.stages]
+        for score, bug, title in _Failure(op, results, report).suspects(realisations):
+            if score > best.get(bug, (0.0, ""))[0]:
+                best[bug] = score, title
+    ranked = sorted(best, key=lambda bug: -best[bug][0])
+    return [(bug, f"{CATALOGUE[bug].title}: {best[bug][1]}", round(best[bug][0], 3)) for bug in ranked]
+
+
+class _Failure:
+    """What one operator's cases gave: the outputs, or the gradients when those are right, that tell suspects apart."""
+
+    def __init__(self, op, results, report):
+        outputs = OPERATORS[op].outputs
+        self.op, self.results, self.dtype, self.layout = op, results, report.dtype, report.layout
+        self.backward = not any(_bad(result, outputs) for result in results)
+        judged = {name for result in results for name in result.stages}
+        self.names = tuple(name for name in (OPERATORS[op].gradients if self.backward else outputs) if name in judged)
+        self.failing = [result for result in results if _bad(result, self.names)]
+        self.passing = [result for result in results if not _bad(result, self.names)]
+
+    def suspects(self, realisations):
+        """(score, bug, title), those that are likely."""
+        # of mistakes that fit alike, one of the recurrence is named before one of the chunked form
+        table = sorted(mistakes_of(self.op)[self.backward], key=lambda mistake: mistake.a.base != "rule")
+        telling = _telling(self.failing, FAILING)
+        cases = telling + _telling(self.passing, PASSING)
+
+        def rated(by, agreement, *first):
+            """The mutants that agree on all cases, if they do on the first ones."""
+            for mistake in table:
+                edits = [edit for name in realisations for edit in _of_every_chunk(getattr(mistake, name))
+                         if mistake.by == by and all(agreement(edit, part) > LIKELY / 2 for part in first)]
+                score = max((agreement(edit, cases) for edit in edits), default=0.0)
+                if score >= LIKELY:
+                    yield score, mistake.bug, mistake.title
+
+        return (list(rated("value", self.same_numbers, telling[:1], telling[:FIRST]))
+                or list(rated("size", self.same_sizes))
+                or ([] if self.rounding() else self.places({mistake.bug for mistake in table})))
+
+    def same_numbers(self, edit, results):
+        """The part of what is wrong, here or there, that is the same in the mutant, in the mean over outputs.
+
+        An output that is the same in some cases and not in others is not the mutant's, and counts as nothing.
+        """
+        counts = {name: [] for name in self.names}
+        for result in results:
+            mutant = _answers(edit, result.case, self.layout, self.dtype)
+            for name in self.names:
+                same, wrong = self.counts(result, name, mutant.get(name))
+                if wrong:
+                    counts[name].append((same, wrong))
+        parts = []
+        for same, wrong in (np.array(of_cases).T for of_cases in counts.values() if of_cases):
+            part = min(np.mean(same / wrong), same.sum() / wrong.sum())
+            parts.append(part if part >= ALWAYS else 0.0)
+        return float(np.mean(parts)) if parts else 0.0
+
+    def counts(self, result, name, theirs):
+        """How many elements are wrong here or in the mutant, and how many of them are the same: same, wrong."""
+        right = result.expected.values[name]
+        ours = result.outputs.get(name)
+        ours, theirs = (0 * right if y is None else np.asarray(y, np.float64) for y in (ours, theirs))
+        if ours.shape != right.shape:
+            return right.size * (ours.shape == theirs.shape and np.allclose(ours, theirs, rtol=1e-3)), right.size
+        if theirs.shape != right.shape:
+            return 0, right.size
+        limit = FACTOR[self.dtype]
+        error, its_error, apart = (noise_multiples(y, want, result.expected, name, self.dtype)
+                                   for y, want in ((ours, right), (theirs, right), (ours, theirs)))
+        same = np.isfinite(error) & (apart <= np.maximum(EXPLAINED * error, np.minimum(limit, error / 4)))
+        same |= np.isinf(error) & np.isinf(its_error)
+        wrong = (error > limit) | (its_error > limit)
+        return (same & wrong).sum(), wrong.sum()
+
+    def same_sizes(self, edit, results):
+        """1 less the mean distance of the errors of both in bits, over outputs that are wrong in one of them."""
+        distances = []
+        for result in results:
+            mutant = _answers(edit, result.case, self.layout, self.dtype)
+            for name in self.names:
+                right, theirs = result.expected.values[name], mutant.get(name)
+                if theirs is None or theirs.shape != right.shape or not (name in result.stages and result.stages[name].error >= 0):
+                    return 0.0
+                its_error = noise_multiples(theirs, right, result.expected, name, self.dtype).max(initial=0.0)
+                error = result.stages[name].error
+                if max(error, its_error) > FACTOR[self.dtype]:
+                    ours, theirs = (np.log2(np.clip(e, 1.0, LARGEST)) for e in (error, its_error))
+                    distances.append(abs(ours - theirs))
+        return 1.0 - float(np.mean(distances)) / (2 * AS_LARGE) if distances else 0.0
+
+    def rounding(self):
+        """True when all errors are so small that somebody only rounds."""
+        precision = "bfloat16" if self.dtype == "bfloat16" else "float32"
+        return all(stage.error * result.expected.floors[name][precision] < ROUNDING
+                   for result in self.failing for name, stage in result.stages.items() if name in self.names)
+
+    def places(self, known):
+        """Suspects among the known numbers for where it fails."""
+        found = []
+        for bugs, title, inside in self.properties():
+            with_it = [result for result in self.results if inside(result.case)]
+            if not 0 < len(with_it) <= RARE * len(self.results):
+                continue
+            hits = sum(inside(result.case) for result in self.failing)
+            fit = 2 * hits / (len(with_it) + len(self.failing))
+            if fit >= 0.9:
+                found += [(PLACE * fit, bug, title) for bug in bugs if bug in known]
+        firsts = [stage.first_bad for result in self.failing for name, stage in result.stages.items()
+                  if name in self.names and stage.first_bad]
+        if firsts and all(place.get("sequence") for place in firsts):       # never None, never 0
+            bugs = {1 if result.case.options.get("lengths") else 15 for result in self.failing}
+            found += [(PLACE, bug, "only rows and sequences after the first are wrong") for bug in sorted(bugs)[::-1]]
+        return found
+
+    def properties(self):
+        """(numbers, title, property of a case) that tell mistakes apart."""
+        for flag in dict.fromkeys(flag for result in self.results for flag in result.case.flags):
+            yield FLAGS[flag].bugs, f"only cases with {flag} fail", lambda case, flag=flag: flag in case.flags
+        for C in CHUNKS:
+            yield (13,), f"only chunks of {C} that are not full fail", lambda case, C=C: case.sizes.get("L", C) % C > 0
+            yield (29, 11), f"only cases of several chunks of {C} fail", lambda case, C=C: case.sizes.get("L", C) > C
+
+
+def _bad(result, names):
+    return any(name in names and stage.status != "ok" for name, stage in result.stages.items())
+
+
+def _telling(results, n):
+    """n cases that differ in their flags, short and long ones; pencil and paper last, where many mistakes look alike."""
+    chosen, seen = [], set()
+    for result in sorted((result for result in results if result.case.sizes.get("L", 1) <= LONGEST),
+                         key=lambda result: ("hand-computable" in result.case.flags, result.case.sizes.get("L", 1))):
+        if not set(result.case.flags) <= seen:
+            chosen.append(result)
+            seen |= set(result.case.flags)
+    return [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, n).astype(int))] if chosen else []
+
+
+def _of_every_chunk(edit):
+    return [edit._replace(chunk=C) for C in CHUNKS] if BASES[edit.base].chunk and edit.chunk > 1 else [edit]
+
+
+@functools.lru_cache(None)
+def _answers(edit, case, layout, dtype):
+    """A mutant's answers to a case as a callee of this layout would give them, in the kit's own layout."""
+    if BASES[edit.base].chunk and edit.chunk > 1:
+        longer = [C for C in CHUNKS if C > case.sizes.get("L", 1)]
+        edit = edit._replace(chunk=min(edit.chunk, *longer)) if longer else edit   # those that hold the case are one
+    x, _ = put(Layout(), case)
+    if case.op == "gated_delta_rule":
+        x, norms = rule_inputs(layout, x)
+        return take(Layout(), case, through_norms(answers(edit, case, in_dtype(x, _precision(dtype))), norms))
+    return answers(edit, case, in_dtype(x, _precision(dtype)))
+
+
+def _precision(dtype):
+    return np.float64 if dtype == "float64" else np.float32

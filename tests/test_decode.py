@@ -1,0 +1,112 @@
+"""Token by token: the delta layer's one kernel, what is sampled, the room behind a KV cache."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deltanet_ref as dr
+from deltanet_ref import ops
+from deltanet_ref.backends import numba_cpu as nb
+from deltanet_ref.errors import InputError
+from deltanet_ref.model.gated_attention import AttentionState
+from deltanet_ref.model.generate import sample
+from tests.paths import FIXTURES
+
+
+def composed(qkv, z, b, a, conv_state, S, *, conv, decay, dt_bias, norm, eps, head_order):
+    """The operators of ops one after the other, in float64."""
+    (N, H_v, d_k, d_v), width = S.shape, conv_state.shape[2]
+    keys = (width - H_v * d_v) // 2
+    y, new_conv_state, _ = ops.causal_conv1d_forward(qkv[:, None], conv, state=conv_state)
+    q, k, v = (x.reshape(N, 1, -1, d) for x, d in zip(np.split(y, [keys, 2 * keys], -1), (d_k, d_k, d_v)))
+    q, k = ops.l2_norm_forward(q)[0], ops.l2_norm_forward(k)[0]
+    g, beta, _ = ops.decay_gate_forward(a[:, None], b[:, None], np.log(-decay), dt_bias)
+    o, new_S = ops.gated_delta_rule_step(q[:, 0], k[:, 0], v[:, 0], g=g[:, 0], beta=beta[:, 0], S=S, head_order=head_order)
+    return ops.gated_rms_norm_forward(o, z.reshape(o.shape), norm, eps)[0], new_conv_state, new_S
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2 ** 31), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 40),
+       st.integers(1, 70), st.integers(2, 5), st.sampled_from(["tiled", "grouped"]))
+def test_a_delta_layer_in_one_kernel_is_the_operators_one_after_the_other(seed, N, H_k, ratio, d_k, d_v, K, head_order):
+    rng, H_v = np.random.default_rng(seed), H_k * ratio
+    width = 2 * H_k * d_k + H_v * d_v
+    shapes = [(N, width), (N, H_v * d_v), (N, H_v), (N, H_v), (N, K - 1, width), (N, H_v, d_k, d_v)]
+    arrays = [rng.standard_normal(shape) for shape in shapes]
+    tensors = dict(conv=rng.standard_normal((width, K)), decay=-np.exp(rng.standard_normal(H_v)),
+                   dt_bias=rng.standard_normal(H_v), norm=rng.standard_normal(d_v))
+    before = [x.copy() for x in arrays]
+    exact = composed(*arrays, **tensors, eps=1e-6, head_order=head_order)
+    for found, expected in zip(nb.delta_layer_step(*arrays, **tensors, eps=1e-6, head_order=head_order), exact):
+        np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)            # both sides round, in another order
+    assert all(np.array_equal(x, y) for x, y in zip(arrays, before))
+    narrow = [x.astype(np.float32) for x in arrays], {name: x.astype(np.float32) for name, x in tensors.items()}
+    wide = [x.astype(np.float64) for x in narrow[0]], {name: x.astype(np.float64) for name, x in narrow[1].items()}
+    exact = composed(*wide[0], **wide[1], eps=1e-6, head_order=head_order)
+    for found, expected in zip(nb.delta_layer_step(*narrow[0], **narrow[1], eps=1e-6, head_order=head_order), exact):
+        assert found.dtype == np.float32 and np.abs(found - expected).max() < 3e-5 * max(np.abs(expected).max(), 1)
+    with pytest.raises(InputError, match="float32 and float64"):
+        nb.delta_layer_step(*arrays[:5], arrays[5].astype(np.float32), **tensors, eps=1e-6, head_order=head_order)
+
+
+def definition(logits, temperature, top_k, top_p, rng):
+    """Sort all, keep k, keep those that reach p together, draw."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k or None]        # stable: lower ids first
+    p = np.exp((logits[order] - logits[order[0]]).astype(np.float64) / temperature)
+    p /= p.sum()
+    n = next((n for n in range(1, len(p)) if p[:n].sum() >= top_p), len(p))
+    return order[min(np.searchsorted(np.cumsum(p[:n] / p[:n].sum()), rng.random(), "right"), n - 1)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2 ** 31), st.integers(1, 60), st.integers(0, 70), st.sampled_from([0.1, 0.7, 0.95, 1.0]))
+def test_sampling_is_what_sorting_everything_gives(seed, V, top_k, top_p):
+    rng = np.random.default_rng(seed)
+    logits = rng.choice([rng.standard_normal(V), np.round(rng.standard_normal(V))]).astype(np.float32)      # also ties
+    found, expected = (f(logits, 0.8, top_k, top_p, np.random.default_rng(seed)) for f in (sample, definition))
+    assert found == expected
+    assert sample(logits, 0, top_k, top_p, rng) == np.argmax(logits)
+
+
+def test_not_a_number_does_not_end_a_generation():
+    logits = np.array([1, np.nan, 3], np.float32)
+    with np.errstate(invalid="ignore"):
+        assert sample(logits, 1.0, 2, 1.0, np.random.default_rng(0)) in range(3)
+
+
+def keys_values(rng, L):
+    return rng.standard_normal((2, 1, L, 3, 5))
+
+
+def test_a_cache_that_grows_token_by_token_is_the_concatenation_and_is_seldom_copied():
+    rng = np.random.default_rng(0)
+    pieces = [keys_values(rng, L) for L in (7, *[1] * 200, 90, 1)]
+    state, rooms = AttentionState(*pieces[0]), set()
+    for i, piece in enumerate(pieces[1:], 2):
+        state = state.append(*piece)
+        rooms.add(id(state.room))
+        for found, expected in zip(state, np.concatenate(pieces[:i], 2), strict=True):
+            assert np.array_equal(found, expected)
+    assert len(rooms) <= 4                         # 72, then a quarter more than what was needed and 64, each time
+
+
+def test_a_cache_that_is_continued_twice_gives_each_continuation_its_own():
+    rng = np.random.default_rng(1)
+    start = AttentionState(*keys_values(rng, 4)).append(*keys_values(rng, 2))
+    before = [x.copy() for x in start]
+    more = [keys_values(rng, n) for n in (1, 3, 2)]
+    states = [start.append(*m) for m in more]
+    for state, (k, v) in zip(states, more):
+        assert np.array_equal(state.k, np.concatenate([before[0], k], 1))
+        assert np.array_equal(state.v, np.concatenate([before[1], v], 1))
+    assert all(np.array_equal(x, y) for x, y in zip(start, before))
+    assert states[0].room is start.room and not np.shares_memory(states[1].k, states[2].k)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_greedy_generation_is_the_argmax_of_the_full_forward(backend):
+    model = dr.load_model(FIXTURES / "quant" / "quant-Q4_K_M.gguf", backend=backend)
+    prompt = [5, 17, 3, 99, 204]
+    tokens = list(dr.generate(model, prompt, max_tokens=12, temperature=0, return_ids=True))
+    logits = model.logits(np.array([prompt + tokens]))[0]
+    assert tokens == logits[len(prompt) - 1:-1].argmax(1).tolist()

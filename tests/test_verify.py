@@ -1,0 +1,140 @@
+"""verify: what it finds in good adapters, and the causes that it names for bad ones."""
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import deltanet_ref as dr
+from deltanet_ref.cli.main import main
+from deltanet_ref.lora.bridge import reorder
+from deltanet_ref.lora.merge import merge
+from deltanet_ref.lora.verify import compare, log_softmax, verify
+from tests.paths import FIXTURES
+from tests.test_adapter import edit_peft
+
+TOKENS = [[17, 401, 3, 3, 250, 88, 9, 444, 120, 61, 5], [5, 17, 80, 31]]
+
+
+def model(name):
+    return dr.load_model(FIXTURES / name / f"{name}-f32.gguf", backend="numpy")
+
+
+@pytest.fixture(scope="module")
+def grouped():
+    return model("grouped")
+
+
+def failing(report, *parts):
+    assert report.problems and all(part in "; ".join(report.problems) for part in parts), report.problems
+
+
+def test_sizes_and_effect_are_those_of_the_dense_update_and_of_both_runs(grouped):
+    report = verify(grouped, FIXTURES / "grouped" / "lora", TOKENS, scale=0.5)
+    assert not report.problems and not report.unmatched and not report.zero and len(report.matched) == 31
+    adapter = dr.load_adapter(FIXTURES / "grouped" / "lora", grouped)
+    for target in ("blk.0.attn_qkv.weight", "blk.3.attn_q.weight"):
+        a, b = (adapter.tensors[f"{target}.lora_{f}"].astype(np.float64) for f in "ab")
+        dense = np.linalg.norm(0.5 * 8 / 4 * b @ a) / np.linalg.norm(grouped.weights[target])
+        assert report.sizes[target] == pytest.approx(dense, rel=1e-6)
+    plain = [grouped.logits(np.array([p]))[0] for p in TOKENS]
+    grouped.attach(adapter, scale=0.5, name="a")
+    adapted = [grouped.logits(np.array([p]))[0] for p in TOKENS]
+    grouped.detach("a")
+    p, q = (log_softmax(np.concatenate(x)) for x in (plain, adapted))
+    effect = report.effect
+    assert effect.positions == 15 and effect.kl == pytest.approx(np.mean(np.sum(np.exp(p) * (p - q), 1)), rel=1e-4)
+    assert effect.top1 == np.mean(p.argmax(1) != q.argmax(1))
+    losses = [-log_softmax(x)[np.arange(len(t) - 1), t[1:]] for x, t in zip(adapted, TOKENS)]
+    assert effect.adapted_loss == pytest.approx(np.concatenate(losses).mean(), rel=1e-5)
+    assert effect.merged_distance < 3e-6 and not grouped.adapters
+
+
+def test_an_adapter_without_effect_fails(grouped, tmp_path):
+    dr.new_adapter(grouped, rank=2).save_gguf(tmp_path / "new.gguf")
+    report = verify(grouped, tmp_path / "new.gguf", TOKENS)
+    failing(report, "no effect: B A is zero in every tensor")
+    assert len(report.zero) == 31 and report.effect.kl == 0
+    failing(verify(grouped, FIXTURES / "grouped" / "lora", TOKENS, scale=0.0), "the scale is 0")
+    weak = dr.load_adapter(FIXTURES / "grouped" / "lora", grouped)
+    weak.alpha = 1e-8
+    weak.save_gguf(tmp_path / "weak.gguf")
+    failing(verify(grouped, tmp_path / "weak.gguf", TOKENS), "which is rounding")
+
+
+def peft_with(tmp_path, rename):
+    source = FIXTURES / "grouped" / "lora"
+    weights = {rename(key): x for key, x in load_file(source / "adapter_model.safetensors").items()}
+    return edit_peft(source, tmp_path / "peft", weights)
+
+
+@pytest.mark.parametrize("old, new, parts", [
+    ("model.model.layers", "model.transformer.layers", ["no tensor", "wrong prefix: 62 names", "'transformer.'"]),
+    ("model.model.layers.1.", "model.layers.1.", ["half matching: 23 tensors match, 16", "wrong prefix: 16 names"]),
+    (".layers.3.", ".layers.7.", ["half matching", "wrong base: layers.7.", "number or the kinds of layers"]),
+    ("layers.3.self_attn", "layers.0.self_attn", ["half matching: 27", "wrong base: layers.0.self_attn"]),
+    ("q_proj.lora_B", "q_proj.lora_C", ["lacks the other factor"]),
+])
+def test_names_that_do_not_match_fail_with_the_likely_cause(grouped, tmp_path, old, new, parts):
+    report = verify(grouped, peft_with(tmp_path, lambda key: key.replace(old, new)), TOKENS)
+    failing(report, *parts)
+    assert report.unmatched and report.effect is None
+
+
+def test_an_adapter_of_another_shape_names_the_base():
+    report = verify(model("eq"), FIXTURES / "grouped" / "lora", TOKENS)
+    failing(report, "wrong base: 9 tensors have other shapes")
+    assert len(report.matched) == 22
+
+
+TEXT = "The ship left the harbour before the morning, and nobody on the quay saw her go; the wind was from the east."
+
+
+@pytest.fixture(scope="module")
+def trained(grouped):
+    """An adapter that has learned TEXT, on the delta layers."""
+    adapter = dr.new_adapter(grouped, rank=4, alpha=8, targets="attn_qkv,attn_gate,ssm_out,ssm_beta", seed=1)
+    dr.train(grouped, adapter, [{"text": TEXT}], steps=25, lr=1e-2, batch_size=1, eval_every=0)
+    grouped.adapters.clear()
+    return adapter
+
+
+def test_grouped_order_fed_to_a_tiled_base_is_found(grouped, trained, tmp_path):
+    prompts = [grouped.tokenizer.encode(TEXT)]
+    trained.save_gguf(tmp_path / "good.gguf")
+    good = verify(grouped, tmp_path / "good.gguf", prompts)
+    assert not good.problems and good.effect.adapted_loss < good.effect.base_loss - 1
+    trained.save_peft(tmp_path / "peft")
+    assert not verify(grouped, tmp_path / "peft", prompts).problems
+    wrong = type(trained)(trained.config, reorder(trained.tensors, trained.config, to="grouped"), trained.alpha)
+    wrong.save_gguf(tmp_path / "wrong.gguf")
+    report = verify(grouped, tmp_path / "wrong.gguf", prompts)
+    failing(report, "wrong order of the V heads", "grouped order was fed to a tiled base")
+    assert report.effect.other_order_loss == pytest.approx(good.effect.adapted_loss, rel=1e-5)
+
+
+def test_other_outputs_are_compared_within_what_their_rounding_allows(grouped):
+    report = verify(grouped, FIXTURES / "grouped" / "lora", TOKENS)
+    x = np.ones((2, 3))
+    assert not compare(report, "same", x * (1 + 1e-6), x, exact=True).problems
+    assert compare(report, "off", x * 1.001, x, exact=True).problems
+    assert not compare(report, "rounded", x * 1.001, x, exact=False).problems
+    failing(compare(report, "lost", x * (1 + report.effect.distance), x, exact=False), "lost computes something else")
+    failing(compare(report, "nan", x * np.nan, x, exact=False), "nan")
+
+
+def test_the_command_exits_with_1_for_a_bad_adapter_and_compares_a_merged_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)       # llama.cpp is compared in tests/peers
+    base, lora = FIXTURES / "eq" / "eq-f32.gguf", FIXTURES / "eq" / "lora"
+    merge(base, [(lora, 0.5)], tmp_path / "m.gguf")
+    assert main(["verify", str(base), f"{lora}=0.5", "-p", "a ship", "--merged", str(tmp_path / "m.gguf")]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("\nok\n") and all(x in out for x in ("matched    31 tensors", "layer 3", "m.gguf versus live"))
+    merged = str(tmp_path / "m.gguf")
+    assert main(["verify", str(base), str(lora), "-p", "a ship", "--merged", merged, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["passed"] and "computes something else" in report["problems"][0]
+    assert main(["verify", str(base), str(FIXTURES / "grouped" / "lora")]) == 1
+    assert "FAILED: wrong base" in capsys.readouterr().out
+    for arguments, match in ((["-p", "a"], "two tokens"), (["--prompts", "absent"], "absent")):
+        assert main(["verify", str(base), str(lora), *arguments]) == 2 and match in capsys.readouterr().err
