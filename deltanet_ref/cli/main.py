@@ -24,7 +24,7 @@ COMMANDS = {
     "verify": ("deltanet_ref.cli.verify", "does this adapter fit this base, and does it do anything"),
     "trace": ("deltanet_ref.cli.trace", "every named tensor of a forward and its backward, in a file"),
     "diff": ("deltanet_ref.cli.diff", "where two traces part first, and why; drift of a model from itself"),
-    "check": ("deltanet_ref.cli.check", "judge another implementation of the gated delta rule, and say what is wrong with it"),
+    "check": ("deltanet_ref.cli.check", "judge another implementation of the delta rule: what is wrong, and why"),
     "vectors": ("deltanet_ref.cli.vectors", "the cases that check uses, as files"),
     "demo": ("deltanet_ref.demo.demo", "adapt the embedded model, show before and after"),
 }

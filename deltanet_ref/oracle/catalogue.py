@@ -1,6 +1,6 @@
 """The known mistakes of Gated DeltaNet implementations, numbered. Facts from public issue threads, in our own words.
 
-mutants.py holds those that an operator can have as code; suspects.py compares a failure with them.
+mutants/ holds those that an operator can have as code; suspects.py compares a failure with them.
 """
 from typing import NamedTuple
 

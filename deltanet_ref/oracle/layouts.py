@@ -170,11 +170,15 @@ def rule_inputs(layout, x):
 
 
 def through_norms(y, caches, sample=None):
-    """Answers of the rule with dq and dk taken back through the callee's norms; sample: the tokens that they hold."""
+    """Answers of the rule with dq and dk taken back through the callee's norms; those of another shape are left.
+
+    sample  the tokens that the answers hold
+    """
     y = dict(y)
     for name, cache in caches.items():
         rows = type(cache)(*(a if sample is None else a[:, sample] for a in cache))
-        y[f"d{name}"] = l2_norm_backward(y[f"d{name}"], rows)
+        if y[f"d{name}"].shape == rows.y.shape:
+            y[f"d{name}"] = l2_norm_backward(y[f"d{name}"], rows)
     return y
 
 

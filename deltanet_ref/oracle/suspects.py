@@ -11,12 +11,13 @@ import functools
 
 import numpy as np
 
+from deltanet_ref.oracle.cases import make_inputs
 from deltanet_ref.oracle.catalogue import CATALOGUE
 from deltanet_ref.oracle.compare import noise_multiples
 from deltanet_ref.oracle.flags import FLAGS
 from deltanet_ref.oracle.layouts import Layout, put, rule_inputs, take, through_norms
 from deltanet_ref.oracle.mutants import answers, mistakes_of
-from deltanet_ref.oracle.mutants.edits import BASES
+from deltanet_ref.oracle.mutants.edits import BASES, DELTA
 from deltanet_ref.oracle.noise import FACTOR
 from deltanet_ref.oracle.operators import OPERATORS, in_dtype
 
@@ -28,9 +29,25 @@ ALWAYS = 0.75                 # share of an output that must be explained for it
 EXPLAINED = 0.05              # part of an error that may be left for it to be explained
 LARGEST = 2.0 ** 30           # noise floors up to which errors are compared
 AS_LARGE = 2.0                # bits by which errors of one mistake differ from maker to maker
-RARE = 0.6                    # part of the cases: what more of them have tells nothing
-ROUNDING = 2.0 ** -6          # relative error that rounding to bfloat16 can make
+NEARLY = 0.85                 # of the cases with a property must fail for it to be the reason
+ROUNDING, ROUNDINGS = 2.0 ** -6, (18, 19, 34)     # relative error that rounding to bfloat16 can make; who rounds
 PLACE = 0.45                  # score of a suspect whose place fits exactly, below those that numbers speak for
+
+
+# numbers, title, property of a case of the delta rule and its inputs: for mistakes whose numbers vary too much
+PROPERTIES = (
+    ((17, 27), "only cases with beta = 0 fail", lambda case, x: (x["beta"] == 0).any()),
+    ((27,), "only cases with beta at 1 or above fail", lambda case, x: (x["beta"] >= 1).any()),
+    ((27,), "only cases with beta at 0, 1 or 2 fail", lambda case, x: np.isin(x["beta"], (0, 1, 2)).any()),
+    ((12,), "only cases without any decay fail", lambda case, x: not x["g"].any()),
+    ((5, 6), "only cases with strong decay fail", lambda case, x: x["g"].min() <= -20),
+    ((4, 3, 14), "only cases with an initial state fail", lambda case, x: x["S0"].any()),
+    ((14,), "only cases with a gradient of the final state fail", lambda case, x: x["dS_end"].any()),
+    ((15,), "only cases of several rows fail", lambda case, x: case.sizes["B"] > 1),
+    ((2,), "only cases of several key heads fail", lambda case, x: case.sizes["H_k"] > 1),
+    ((8,), "only keys that are not unit vectors fail", lambda case, x: abs(np.square(x["k"]).sum(-1) - 1).max() > 0.1),
+    ((7,), "only scales other than d_k ** -0.5 fail", lambda case, x: abs(x["scale"] ** 2 * case.sizes["d_k"] - 1) > 1e-6),
+)
 
 
 def rank(report, realisations="ab"):
@@ -80,7 +97,7 @@ class _Failure:
 
         return (list(rated("value", self.same_numbers, telling[:1], telling[:FIRST]))
                 or list(rated("size", self.same_sizes))
-                or ([] if self.rounding() else self.places({mistake.bug for mistake in table})))
+                or self.places({mistake.bug for mistake in table if mistake.bug in ROUNDINGS or not self.rounding()}))
 
     def same_numbers(self, edit, results):
         """The part of what is wrong, here or there, that is the same in the mutant, in the mean over outputs.
@@ -140,16 +157,16 @@ class _Failure:
                    for result in self.failing for name, stage in result.stages.items() if name in self.names)
 
     def places(self, known):
-        """Suspects among the known numbers for where it fails."""
+        """Suspects among the known numbers for where it fails: nearly always with a property of the case, never without.
+        """
         found = []
-        for bugs, title, inside in self.properties():
-            with_it = [result for result in self.results if inside(result.case)]
-            if not 0 < len(with_it) <= RARE * len(self.results):
-                continue
-            hits = sum(inside(result.case) for result in self.failing)
-            fit = 2 * hits / (len(with_it) + len(self.failing))
-            if fit >= 0.9:
-                found += [(PLACE * fit, bug, title) for bug in bugs if bug in known]
+        inputs = [make_inputs(result.case) for result in self.results]
+        for bugs, title, has_it in self.properties():
+            failed = {True: [], False: []}
+            for result, x in zip(self.results, inputs):
+                failed[bool(has_it(result.case, x))].append(_bad(result, self.names))
+            if min(map(len, failed.values())) >= 2 and np.mean(failed[True]) > NEARLY and not any(failed[False]):
+                found += [(PLACE * float(np.mean(failed[True])), bug, title) for bug in bugs if bug in known]
         firsts = [stage.first_bad for result in self.failing for name, stage in result.stages.items()
                   if name in self.names and stage.first_bad]
         if firsts and all(place.get("sequence") for place in firsts):       # never None, never 0
@@ -158,12 +175,14 @@ class _Failure:
         return found
 
     def properties(self):
-        """(numbers, title, property of a case) that tell mistakes apart."""
+        """(numbers, title, property of a case and its inputs) that tell mistakes apart."""
+        if self.op in DELTA:
+            yield from PROPERTIES
         for flag in dict.fromkeys(flag for result in self.results for flag in result.case.flags):
-            yield FLAGS[flag].bugs, f"only cases with {flag} fail", lambda case, flag=flag: flag in case.flags
+            yield FLAGS[flag].bugs, f"only cases with {flag} fail", lambda case, x, flag=flag: flag in case.flags
         for C in CHUNKS:
-            yield (13,), f"only chunks of {C} that are not full fail", lambda case, C=C: case.sizes.get("L", C) % C > 0
-            yield (29, 11), f"only cases of several chunks of {C} fail", lambda case, C=C: case.sizes.get("L", C) > C
+            yield (13,), f"only chunks of {C} that are not full fail", lambda case, x, C=C: case.sizes.get("L", C) % C
+            yield (29, 11), f"only cases of several chunks of {C} fail", lambda case, x, C=C: case.sizes.get("L", C) > C
 
 
 def _bad(result, names):
@@ -171,7 +190,7 @@ def _bad(result, names):
 
 
 def _telling(results, n):
-    """n cases that differ in their flags, short and long ones; pencil and paper last, where many mistakes look alike."""
+    """n cases that differ in their flags, short ones and long; pencil and paper last, where many mistakes look alike."""
     chosen, seen = [], set()
     for result in sorted((result for result in results if result.case.sizes.get("L", 1) <= LONGEST),
                          key=lambda result: ("hand-computable" in result.case.flags, result.case.sizes.get("L", 1))):

@@ -5,11 +5,11 @@ and prints which mistakes suspects.py takes it for.
 """
 import numpy as np
 
-from deltanet_ref.oracle.mutants import delta_rule, operators
+from deltanet_ref.oracle.mutants import delta_rule, other_operators
 from deltanet_ref.oracle.mutants.edits import BASES, made
 
-FORWARD = delta_rule.FORWARD + operators.FORWARD
-BACKWARD = delta_rule.BACKWARD + operators.BACKWARD
+FORWARD = delta_rule.FORWARD + other_operators.FORWARD
+BACKWARD = delta_rule.BACKWARD + other_operators.BACKWARD
 
 
 def answers(edit, case, x):
@@ -24,4 +24,4 @@ def answers(edit, case, x):
 
 def mistakes_of(op):
     """(FORWARD, BACKWARD) of one operator."""
-    return tuple(tuple(mistake for mistake in table if op in BASES[mistake.a.base].ops) for table in (FORWARD, BACKWARD))
+    return tuple([mistake for mistake in table if op in BASES[mistake.a.base].ops] for table in (FORWARD, BACKWARD))

@@ -38,8 +38,8 @@ def _turned(arrays, layout):
     """From the kit's own layout to TURNED, and back."""
     if layout == Layout():
         return arrays
-    first, states = ("q", "k", "v", "g", "beta", "o", "do", "dq", "dk", "dv", "dg", "dbeta"), ("S0", "S_end", "dS0", "dS_end")
-    return {name: x.swapaxes(1, 2) if name in first else x.swapaxes(2, 3) if name in states else x
+    states, others = ("S0", "S_end", "dS0", "dS_end"), ("scale", "cu_seqlens")
+    return {name: x if name in others else x.swapaxes(2, 3) if name in states else x.swapaxes(1, 2)
             for name, x in arrays.items()}
 
 

@@ -96,7 +96,8 @@ W_DS = "decay_whole[chunk] * dS_after[chunk] + dS_read[chunk] - _t(wy.W[chunk]) 
 W_DW = "wy_backward(dV_new, -dV_new @ _t(S), K, V, Beta, wy)"
 W_DA = "dA = -np.tril(dX_U @ _t(wy.U) + dX_W @ _t(wy.W), -1)"
 W_DK_OF_A = "dk += (dGram + _t(dGram)) @ k"
-W_DBETA, W_DBETA_OF_A = "dbeta = (dX_U * v).sum(-1) + (dX_W * decay * k).sum(-1)", "dbeta += (dA_Gamma * (k @ _t(k))).sum(-1)"
+W_DBETA = "dbeta = (dX_U * v).sum(-1) + (dX_W * decay * k).sum(-1)"
+W_DBETA_OF_A = "dbeta += (dA_Gamma * (k @ _t(k))).sum(-1)"
 W_DG = "log_decay_backward(pair + pair_wy, row + row_wy, tail, whole)"
 W_PUT_BACK = "(scatter(x, chunks, len(args.v))"
 
@@ -135,7 +136,7 @@ FORWARD = (
     Mistake(2, "every value head reads the first key head",
             rule(("key_head = value", "key_head = 0 * value")), chunks(("heads = value", "heads = 0 * value"))),
     Mistake(2, "q, but not k, of key head h % H_k",
-            rule(swap(KEY_HEADS, "args.q[:, args.key_head]", "args.q[:, np.arange(len(args.key_head)) % args.q.shape[1]]")),
+            rule(swap(KEY_HEADS, "q[:, args.key_head]", "q[:, np.arange(len(args.key_head)) % args.q.shape[1]]")),
             chunks(swap(C_KEY_HEADS, '["q"][:, :, heads]', '["q"][:, :, np.arange(H_v) % x["q"].shape[2]]'))),
 
     Mistake(3, "S0 read as (d_v, d_k)", rule(becomes(CALL, S0=AS_VK)), chunks(becomes(C_START, S0=AS_VK))),
@@ -264,7 +265,8 @@ FORWARD = (
 
     Mistake(19, "TF32 in every product",
             chunks(swap(C_OPERAND, "lambda x: x", "tf32")),
-            rule((PRODUCT, "(tf32(x[..., None, :]) @ tf32(S))"), swap(WRITE, "(k, u)", "(tf32(k), tf32(u))")), by="size"),
+            rule((PRODUCT, "(tf32(x[..., None, :]) @ tf32(S))"), swap(WRITE, "(k, u)", "(tf32(k), tf32(u))")),
+            by="size"),
     Mistake(19, "bfloat16 in every product",
             chunks(swap(C_OPERAND, "lambda x: x", "bfloat16")),
             rule((PRODUCT, "(bfloat16(x[..., None, :]) @ bfloat16(S))"),
@@ -292,7 +294,7 @@ FORWARD = (
             tokens((C_O, 'o = x["scale"] * dot(Q, S)'))),
     Mistake(28, "decay after the write",
             rule((DECAY, "S = S"), (WRITE, "S = np.exp(g)[..., None, None] * (S + _outer(k, u))")),
-            tokens(swap(C_UW, "decay * "), swap(C_O, "dot(P, V_new)", "decay * dot(P, V_new)"), swap(C_S, "tail", "decay"))),
+            tokens(swap(C_UW, "decay * "), swap(C_O, "dot(P", "decay * dot(P"), swap(C_S, "tail", "decay"))),
 
     Mistake(29, "the decay not carried to the next chunk",
             chunks(swap(C_S, "whole * ")), wy_form(swap(W_S, "decay_whole[chunk] * "))),
@@ -315,6 +317,8 @@ FORWARD = (
     Mistake(34, "beta rounded to bfloat16",
             rule(becomes(CALL, beta=BF16)), chunks(becomes(C_ROWS, beta=BF16))),
     Mistake(34, "g rounded to bfloat16", rule(becomes(CALL, g=BF16)), chunks(becomes(C_ROWS, g=BF16))),
+    Mistake(34, "beta rounded to float16", rule(becomes(CALL, beta=FP16)), chunks(becomes(C_ROWS, beta=FP16))),
+    Mistake(34, "g rounded to float16", rule(becomes(CALL, g=FP16)), chunks(becomes(C_ROWS, g=FP16))),
     Mistake(34, "exp(g) rounded to bfloat16",
             rule(swap(DECAY, "np.exp(g)", "bfloat16(np.exp(g))")),
             tokens(put(C_CUMSUM, "np.maximum(np.log(bfloat16(np.exp({0}))), -200)"))),
@@ -340,7 +344,8 @@ BACKWARD = (
             chunks(put(C_START_BACK, OF_VK))),
 
     Mistake(5, "exp(gc_i) times exp(-gc_j) in the backward",
-            chunks((C_KEPT, f"{C_KEPT}\n        Gamma = {PRODUCT_OF_EXPS.format('gc')}"), swap(C_PAIR, "P +", "QK * Gamma +")),
+            chunks((C_KEPT, f"{C_KEPT}\n        Gamma = {PRODUCT_OF_EXPS.format('gc')}"),
+                   swap(C_PAIR, "P +", "QK * Gamma +")),
             wy_form(swap(W_DP, "wy.Gamma", PRODUCT_OF_EXPS.format("wy.gc.astype(K.dtype)")),
                     swap(W_DPK, "wy.Gamma", PRODUCT_OF_EXPS.format("wy.gc.astype(k.dtype)"))), by="size"),
 
@@ -351,7 +356,8 @@ BACKWARD = (
             rule(swap(DECAY_GRADIENT, "S_decayed", "S")), chunks(put(C_DG, f"{{0}} * np.exp(-{C_G_BACK})"))),
     Mistake(6, "dg summed from what was rounded to bfloat16",
             chunks(swap(C_DG, "np.flip(dgc, -1)", "bfloat16(np.flip(dgc, -1))")),
-            wy_form((W_DG, "log_decay_backward(*map(bfloat16, (pair + pair_wy, row + row_wy, tail, whole)))")), by="size"),
+            wy_form((W_DG, "log_decay_backward(*map(bfloat16, (pair + pair_wy, row + row_wy, tail, whole)))")),
+            by="size"),
 
     Mistake(7, "dq without scale", rule(swap(READ_BACK, "scale * ")), chunks(put(C_DQ, '{0} / x["scale"]'))),
     Mistake(7, "dq with scale twice", rule(put(READ_BACK, "scale * {0}")), chunks(put(C_DQ, '{0} * x["scale"]'))),
@@ -415,8 +421,7 @@ BACKWARD = (
             chunks(swap(C_LAST_DGC, " + d_whole")), wy_form(swap(W_DG, "whole", "0 * whole"))),
 
     Mistake(13, "gradients of a short chunk not written",
-            chunks((C_PUT_BACK, ", ".join(f"{name}={value} * (gc.shape[-1] == chunk)" for name, value in
-                                          zip(("dq", "dk", "dv", "dg", "dbeta"), ("dQ", "dK", "dV", "dg", "dbeta"))) + ")")),
+            chunks((C_PUT_BACK, f"**{{name: d * (gc.shape[-1] == chunk) for name, d in dict({C_PUT_BACK}.items()}})")),
             wy_form(swap(W_PUT_BACK, "(x,", "(x * chunks.filled.all(1).reshape(-1, *(1,) * (x.ndim - 1)),"))),
     Mistake(13, "in the backward, the last gate of a short chunk read from its padding",
             chunks((C_KEPT, f"{C_KEPT}\n        tail, whole = (tail, whole) if gc.shape[-1] == chunk else "
@@ -451,7 +456,8 @@ BACKWARD = (
     Mistake(19, "TF32 in the backward",
             chunks((C_END, f"{C_END}\n    operand = tf32")),
             rule((READ_BACK, "dq = scale * _read(tf32(do), _t(tf32(S_decayed + _outer(k, u))))"),
-                 swap(WRITE_BACK, "u, _t(dS)", "tf32(u), _t(tf32(dS))"), ("du = _read(k, dS)", "du = _read(tf32(k), tf32(dS))"),
+                 swap(WRITE_BACK, "u, _t(dS)", "tf32(u), _t(tf32(dS))"),
+                 ("du = _read(k, dS)", "du = _read(tf32(k), tf32(dS))"),
                  swap(KEY_ERASES, "dv, _t(S_decayed)", "tf32(dv), _t(tf32(S_decayed))"),
                  ("_outer(q, scale * do)", "_outer(tf32(q), tf32(scale * do))"), swap(STATE_ERASES, "dv", "tf32(dv)")),
             by="size"),

@@ -58,7 +58,8 @@ ROWS_BACK, LABEL_BACK = "kept[:, None], dloss / count / total, 0)", "-= dloss / 
 
 # ---- words of LoRA
 UPDATE, SUM = "y = linear_forward(h, b)", 'y = ops.linear_forward(x["x"], x["w"]) + update'
-LORA_BACK, A_BACK, B_BACK = "dx, da, db = ops.lora_backward(", "da = linear_backward_weight(dh, x)", "db = linear_backward_weight(dy, h)"
+LORA_BACK = 'dx, da, db = ops.lora_backward(x["dy"], cache)'
+A_BACK, B_BACK = "da = linear_backward_weight(dh, x)", "db = linear_backward_weight(dy, h)"
 LORA_X_BACK, LORA_X_SUM = "dx = linear_backward_input(dh, a)", '{"y": y, "dx": dx + '
 
 FORWARD = (
@@ -173,7 +174,7 @@ BACKWARD = (
     Mistake(14, "dstate of the convolution lost",
             conv(swap(START_BACK, "dpadded[:, :K - 1]", "0")), conv(('"dstate": dstate', '"dstate": 0 * dstate'))),
     Mistake(15, "dw of the convolution from row 0",
-            conv(swap(TAPS_BACK, "dc[row, span]", "(dc[row, span] * (np.arange(len(dc[row])) == 0).reshape(-1, 1, 1))")),
+            conv(swap(TAPS_BACK, "dc[row, span]", ROW_0.format("dc[row, span]"))),
             conv(swap(TAPS_BACK, "dc[row, span], np.concatenate([state[seq], x[row, span]], 1)",
                       "dc[row, span][:1], np.concatenate([state[seq], x[row, span]], 1)[:1]"))),
     Mistake(16, "dw of the last sequence alone",
@@ -184,9 +185,8 @@ BACKWARD = (
             conv((START_BACK, f"{START_BACK}\n        dx[row, max(span.start - K + 1, 0):span.start] += "
                               "dpadded[:, max(K - 1 - span.start, 0):K - 1]")),
             conv(("dx, dstate, dw = np.empty_like(x)", "dx, dstate, dw = np.zeros_like(x)"),
-                 (START_BACK, f"{START_BACK.replace('dx[row, span]', 'within')}\n        dx[row, span] += within\n        "
-                              "before = min(span.start, K - 1)\n        "
-                              "dx[row, span.start - before:span.start] += dpadded[:, K - 1 - before:K - 1]"))),
+                 (START_BACK, "dstate[seq] = dpadded[:, :K - 1]\n        before = min(span.start, K - 1)\n        "
+                              "dx[row, span.start - before:span.stop] += dpadded[:, K - 1 - before:]"))),
     Mistake(22, "no slope of the SiLU", conv(put(SILU_BACK, "np.ones_like(c)")), conv(put(SILU_BACK, "{0} ** 0"))),
 
     Mistake(9, "dA_log is the gradient of exp(A_log)",
@@ -197,11 +197,11 @@ BACKWARD = (
             gate(swap(X_BACK, " * sigmoid(x)")), gate(put(X_BACK, "{0} / sigmoid(x)"))),
     Mistake(15, "dA_log and ddt_bias of row 0",
             gate(swap(RATE_BACK, "(step * dg)", "(step * dg)[:1]"), ("dx.sum(", "dx[:1].sum(")),
-            gate(swap(RATE_BACK, "step * dg", f"step * {ROW_0.format('dg')}"), ("dx.sum(", f"{ROW_0.format('dx')}.sum("))),
+            gate(swap(RATE_BACK, "* dg", f"* {ROW_0.format('dg')}"), ("dx.sum(", f"{ROW_0.format('dx')}.sum("))),
 
     Mistake(8, "0 / 0 at a zero row",
-            l2(swap(L2_BACK, "r", "r * (y * y).sum(-1, keepdims=True) / (y * y).sum(-1, keepdims=True)")),
-            l2(swap(L2_BACK, "r", "r * np.sqrt((y * y).sum(-1, keepdims=True)) / np.sqrt((y * y).sum(-1, keepdims=True))"))),
+            l2((L2_BACK, "length = (y * y).sum(-1, keepdims=True)\n    dx *= r * length / length")),
+            l2((L2_BACK, "length = np.sqrt((y * y).sum(-1, keepdims=True))\n    dx *= r / length * length"))),
     Mistake(11, "dx of the L2 norm not made orthogonal to y",
             l2(swap(L2_ALONG, "-", "0 * ")), l2((L2_BACK, "dx = r * dy"))),
     Mistake(11, "dx of the RMS norm not made orthogonal to x",
@@ -236,6 +236,6 @@ BACKWARD = (
 
     Mistake(24, "the adapter's factors have no gradient",
             lora(put(A_BACK, "0 * {0}"), put(B_BACK, "0 * {0}")),
-            lora((LORA_BACK, "dx, da, db = (d * n for d, n in zip(" + LORA_BACK[13:]), ('x["dy"], cache)', 'x["dy"], cache), (1, 0, 0)))'))),
+            lora((LORA_BACK, f"{LORA_BACK}\n    da, db = 0 * da, 0 * db"))),
     Mistake(11, "dx not through the adapter", lora(put(LORA_X_BACK, "0 * {0}")), lora(swap(LORA_X_SUM, "dx + "))),
 )
