@@ -65,10 +65,11 @@ def run(args):
 def is_adapter(path):
     """By what is in the file or directory; raises InputError when it is neither an adapter nor a model."""
     from deltanet_ref.formats.gguf import read_gguf
+    from deltanet_ref.model.config import is_text
 
     path = Path(path)
     if not path.is_dir():
-        return read_gguf(path).metadata.get("general.type") == "adapter"
+        return is_text(read_gguf(path).metadata.get("general.type"), "adapter")
     found = [name for name in ("adapter_config.json", "config.json") if (path / name).is_file()]
     if not found:
         raise InputError(f"{path}: has neither adapter_config.json nor config.json: it is no adapter and no model")

@@ -45,9 +45,10 @@ def describe(path):
     path = Path(path)
     if not path.is_dir():
         from deltanet_ref.formats.gguf import read_gguf
+        from deltanet_ref.model.config import is_text
 
         file = read_gguf(path)
-        if file.metadata.get("general.type") == "adapter":
+        if is_text(file.metadata.get("general.type"), "adapter"):
             return describe_adapter(file)
     import deltanet_ref as dr
 
@@ -69,13 +70,18 @@ def describe(path):
 
 def describe_adapter(file):
     """The facts of a LoRA adapter in GGUF."""
+    from deltanet_ref.lora.adapter import adapter_metadata
+
     factors = {name: tensor.shape for name, tensor in file.tensors.items()}
+    alpha = file.metadata.get("adapter.lora.alpha")
     return {
         "architecture": f"LoRA adapter for {file.metadata.get('general.architecture', 'an unnamed architecture')}",
         "parameters": sum(math.prod(shape) for shape in factors.values()),
-        "alpha": file.metadata.get("adapter.lora.alpha"),
-        "ranks": sorted({shape[0] for name, shape in factors.items() if name.endswith(".lora_a")}),
-        "targets": sorted({name.split(".")[-3] for name in factors if name.endswith(".lora_a")}),
+        "alpha": alpha if isinstance(alpha, float) else None,
+        "ranks": sorted({math.prod(shape[:1]) for name, shape in factors.items() if name.endswith(".lora_a")}),
+        "targets": sorted({name.removesuffix(".weight.lora_a").rpartition(".")[2] for name in factors
+                           if name.endswith(".lora_a")}),
+        **adapter_metadata(file),
     } | tensor_facts([(name, tensor.type, tensor.shape) for name, tensor in file.tensors.items()])
 
 

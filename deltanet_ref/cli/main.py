@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": ("deltanet_ref.cli.convert", "an adapter or a base model between GGUF, PEFT and HF"),
     "merge": ("deltanet_ref.cli.merge", "a base model with adapters worked in, as GGUF or HF"),
     "verify": ("deltanet_ref.cli.verify", "does this adapter fit this base, and does it do anything"),
+    "routes": ("deltanet_ref.cli.routes", "an adapter and a quantised base: which way there loses least"),
     "trace": ("deltanet_ref.cli.trace", "every named tensor of a forward and its backward, in a file"),
     "diff": ("deltanet_ref.cli.diff", "where two traces part first, and why; drift of a model from itself"),
     "check": ("deltanet_ref.cli.check", "judge another implementation of the delta rule: what is wrong, and why"),

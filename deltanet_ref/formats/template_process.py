@@ -18,6 +18,7 @@ from functools import lru_cache
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+LONGEST = 1 << 24           # characters of a conversation
 
 def raise_exception(message):
     raise TemplateError(message)
@@ -49,7 +50,10 @@ def serve(seconds, size):
         signal.alarm(seconds)           # not caught: it ends the process, whatever that is doing
         try:
             template, variables = json.loads(line)
-            answer = json.dumps([compiled(template).render(**variables), None])
+            text = compiled(template).render(**variables)
+            if len(text) > LONGEST:
+                raise TemplateError(f"it makes a text of {len(text)} characters")
+            answer = json.dumps([text, None])
         except Exception as error:      # a template may fail in any way
             answer = json.dumps([None, str(error) or type(error).__name__])
         signal.alarm(0)

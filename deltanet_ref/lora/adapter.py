@@ -208,15 +208,20 @@ def _read_gguf_adapter(path, config, drop):
     # alpha 0, or none: llama.cpp applies B A as it is, which is alpha = r
     alphas = {name.removesuffix(".lora_a"): alpha or float(math.prod(x.shape[:1])) for name, x in factors.items()
               if name.endswith(".lora_a")}
-    metadata = {name: about[key] for name, key in _CARRIED.items() if key in about}
-    for name in ("task_name", "prompt_prefix"):
-        if not isinstance(metadata.get(name, ""), str):
-            raise InputError(f"{path}: {_CARRIED[name]} is no text")
-    if "invocation_tokens" in metadata:
-        metadata["invocation_tokens"] = invocation_tokens(list(np.ravel(metadata["invocation_tokens"]).tolist()), path)
     strangers = [name for name in file.tensors if name not in known]
-    return StoredAdapter(factors, {n: t for n, t in types.items() if t in FACTOR_TYPES}, alphas, "tiled", metadata,
-                         *split_dropped(strangers, drop))
+    return StoredAdapter(factors, {n: t for n, t in types.items() if t in FACTOR_TYPES}, alphas, "tiled",
+                         adapter_metadata(file), *split_dropped(strangers, drop))
+
+
+def adapter_metadata(file):
+    """task_name, prompt_prefix, invocation_tokens: those that a GGUF adapter (a GGUFFile) carries. Raises InputError."""
+    found = {name: file.metadata[key] for name, key in _CARRIED.items() if key in file.metadata}
+    for name in found.keys() - {"invocation_tokens"}:
+        if not isinstance(found[name], str):
+            raise InputError(f"{file.path}: {_CARRIED[name]} is {found[name]!r}, not a text")
+    if "invocation_tokens" in found:
+        found["invocation_tokens"] = invocation_tokens(np.ravel(found["invocation_tokens"]).tolist(), file.path)
+    return found
 
 
 def _chosen(linear, targets):

@@ -77,7 +77,7 @@ def load_matplotlib():
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("--plot needs matplotlib: pip install 'deltanet_ref[plot]'") from None
+        raise InputError("a plot needs matplotlib: pip install 'deltanet_ref[plot]'") from None
     return Figure
 
 

@@ -50,7 +50,7 @@ def main():
         total += rejected, accepted
         if done.returncode:
             failed.append(name)
-            print(done.stderr[-4000:], file=sys.stderr)
+            print(done.stdout[-4000:], done.stderr[-1000:], file=sys.stderr)
     print(f"{'all':18} {total.sum():7} {total[1]:9} {total[0]:9} {time.perf_counter() - start:8.1f}\n"
           + (f"BUGS in {', '.join(failed)}" if failed else "no bug found"))
     return 1 if failed else 0

@@ -130,6 +130,10 @@ def adapter(path):
     assert all(isinstance(token, int) for token in read.metadata.get("invocation_tokens", []))
 
 
+def information(path):
+    json.dumps(describe(path))
+
+
 def arrays(path):
     tensors = read_safetensors(path)
     for name in tensors:
@@ -141,7 +145,7 @@ def arrays(path):
 def gguf_readers(directory, raw):
     path = directory / "raw.gguf"
     path.write_bytes(raw)
-    return [partial(reader, path) for reader in (contents, tokenize, model, adapter, describe)]
+    return [partial(reader, path) for reader in (contents, tokenize, model, adapter, information)]
 
 
 def safetensors_readers(directory, raw):
@@ -180,7 +184,7 @@ TARGETS = {
     "gguf": Target(files("model.gguf", "quantised.gguf", "adapter.gguf"), gguf_readers),
     "safetensors": Target(files("hf/model.safetensors", f"peft/{PEFT_WEIGHTS}"), safetensors_readers),
     "index": Target(index_seed, partial(directory_readers, "hf/model.safetensors.index.json", [model])),
-    "config": in_directory("hf/config.json", model, describe),
+    "config": in_directory("hf/config.json", model, information),
     "adapter_config": in_directory(f"peft/{PEFT_CONFIG}", adapter),
     "tokenizer": in_directory("hf/tokenizer.json", tokenize, partial(read_tokenizer_files, vocab_size=12)),
     "tokenizer_config": in_directory("hf/tokenizer_config.json", tokenize, partial(read_tokenizer_files, vocab_size=12)),

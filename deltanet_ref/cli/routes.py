@@ -1,0 +1,68 @@
+"""deltanet-ref routes: quantise under an adapter, after merging it, or before training it?"""
+from pathlib import Path
+
+from deltanet_ref.cli.model import add_model_arguments, limit_threads, split_scale
+from deltanet_ref.errors import InputError
+from deltanet_ref.formats.files import atomic_directory, ensure_new_directory
+
+EPILOG = """\
+The losses are those of DATA: of the base alone, f16 say, and with the adapter; of the quantised base with the adapter
+live; of the merged model, then quantised; and with --train of an adapter trained on the quantised base, with the given
+adapter's rank, alpha and targets. DIR gets the models, the adapter, routes.md and routes.png (matplotlib).
+
+example:
+  deltanet-ref routes Qwen3.5-0.8B-F16.gguf scots.gguf held-out.jsonl --train data.jsonl --steps 200 -o routes
+"""
+
+
+def add_arguments(parser):
+    from deltanet_ref.model.convert import CHOICES
+    from deltanet_ref.train.lora import TrainOptions
+
+    parser.epilog = EPILOG
+    add_model_arguments(parser)
+    parser.add_argument("adapter_file", metavar="ADAPTER[=SCALE]", help="a GGUF adapter or a PEFT directory")
+    parser.add_argument("data", metavar="DATA", help="a .jsonl file, rows as for train, of which the losses are taken")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a directory to make")
+    parser.add_argument("--type", choices=CHOICES, default="q4_k_m", metavar="NAME",
+                        help=f"of the quantised models: {', '.join(CHOICES)} (default q4_k_m)")
+    parser.add_argument("--train", metavar="TRAIN.jsonl", help="also train an adapter on the quantised base, with this")
+    training = parser.add_argument_group("its training")
+    training.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default 100)")
+    training.add_argument("--batch-size", type=int, default=TrainOptions.batch_size, metavar="N",
+                          help=f"examples to a step (default {TrainOptions.batch_size})")
+    training.add_argument("--lr", type=float, default=TrainOptions.lr, metavar="X",
+                          help=f"peak learning rate (default {TrainOptions.lr})")
+    training.add_argument("--seed", type=int, default=0, metavar="N", help="of its start and its order (default 0)")
+
+
+def run(args):
+    limit_threads(args.threads)
+    import deltanet_ref as dr
+    from deltanet_ref.train.data import encode_dataset, read_dataset
+    from deltanet_ref.train.lora import TrainOptions
+    from deltanet_ref.train.report import Console, load_matplotlib
+    from deltanet_ref.train.routes import as_markdown, compare_routes, save_plot
+
+    load_matplotlib()
+    ensure_new_directory(args.output)
+    path, scale = split_scale(args.adapter_file)
+    options = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "seed")}
+    TrainOptions(**options)         # before any work
+    rows = [row for split in read_dataset(args.data).values() for row in split]
+    if args.train and Path(args.train).resolve() == Path(args.data).resolve():
+        raise InputError(f"{args.train}: is DATA too: the loss of what was trained on says little, give two files")
+
+    def load(path):
+        return dr.load_model(path, backend=args.backend, dtype=args.dtype, weights=args.weights)
+
+    def examples(model):
+        return encode_dataset(rows, model.tokenizer, seq_len=model.config.max_position_embeddings)
+
+    with atomic_directory(args.output) as directory:
+        routes = compare_routes(load, args.model, path, scale, examples, directory, type=args.type,
+                                training=args.train, console=Console(), **options)
+        table = as_markdown(routes)
+        (directory / "routes.md").write_text(table, "utf-8")
+        save_plot(routes, directory / "routes.png")
+    print(f"\n{table}\nWrote {args.output}: the models, routes.md and routes.png")

@@ -1,0 +1,97 @@
+"""Ways from a base and an adapter to a small model, by their loss: quantise under the adapter, after it, or before it."""
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from deltanet_ref.errors import InputError
+from deltanet_ref.formats.files import atomic_write
+from deltanet_ref.formats.quants import stored_bytes
+from deltanet_ref.lora.adapter import load_adapter, new_adapter
+from deltanet_ref.lora.merge import merge
+from deltanet_ref.model.convert import open_base, write_base
+from deltanet_ref.train.evaluate import Evaluation, evaluate
+from deltanet_ref.train.lora import train
+from deltanet_ref.train.report import Silent, load_matplotlib
+
+BATCH_SIZE = 4          # examples at a time in the evaluations
+
+
+class Route(NamedTuple):
+    """One way, and what it comes to."""
+    name: str
+    bytes: int              # of the model's tensors and of the live adapter's
+    evaluation: Evaluation
+
+
+def compare_routes(load, base, adapter, scale, examples, directory, *, type, training=None, console=None, **options):
+    """Evaluates the base and its quantised form alone and with the adapter, the merged and quantised model, and an
+    adapter trained on the quantised base.
+
+    load       path of a model -> Qwen35
+    base       a GGUF file or HF directory; adapter: a GGUF adapter or PEFT directory, which counts `scale` times
+    examples   Qwen35 -> list of Example, of which the losses are taken
+    directory  a directory that is there, for base-TYPE.gguf, merged-TYPE.gguf and trained-TYPE.gguf, the adapter
+    type       of model.convert.CHOICES
+    training   data for train, or None to leave the last way out; the adapter has the (largest) rank, the alpha and the
+               targets of the given one. options: those of train
+    returns    list of Route. Raises InputError, and Diverged by the training
+    """
+    console, routes = console or Silent(), []
+
+    def measure(name, model, live=None):
+        weights = model.weights
+        held = sum(stored_bytes(weights.stored_type(tensor), weights.shape(tensor)) for tensor in weights)
+        held += sum(x.nbytes for x in live.tensors.values()) if live else 0
+        routes.append(Route(name, held, evaluate(model, examples(model), BATCH_SIZE)))
+        console.line(f"{name}: loss {routes[-1].evaluation.loss:.4f}")
+
+    whole = load(base)
+    given = load_adapter(adapter, whole)
+    if "invocation_tokens" in given.metadata:
+        raise InputError(f"{adapter}: is an activated LoRA, which cannot be merged: there is nothing to compare")
+    paths = {name: Path(directory) / f"{name}-{type}.gguf" for name in ("base", "merged", "trained")}
+    write_base(open_base(base), paths["base"], type)
+    merge(base, [(adapter, scale)], paths["merged"], type)
+
+    kind = Counter(whole.weights.stored_type(target).name for target in given.targets).most_common(1)[0][0].lower()
+    measure(f"{kind} base", whole)
+    whole.attach(given, scale)
+    measure(f"{kind} base + adapter", whole, given)
+    quantised = load(paths["base"])
+    measure(f"{type} base", quantised)
+    name = quantised.attach(load_adapter(adapter, quantised), scale)
+    measure(f"{type} base + adapter", quantised, given)
+    quantised.detach(name)
+    measure(f"merged, then {type}", load(paths["merged"]))
+    if training is not None:
+        rank = max(map(given.rank, given.targets))
+        trained = new_adapter(quantised, rank, given.alpha, given.targets, options.get("seed", 0))
+        train(quantised, trained, training, console=console, **options)
+        trained.save_gguf(paths["trained"])
+        measure(f"{type} base + adapter trained on it", quantised, trained)
+    return routes
+
+
+def as_markdown(routes):
+    """A table; the last column is the loss against that of the second route, which loses nothing by quantisation."""
+    rows = [("route", "loss, nats per token", "bits per byte", "MB", "against unquantised")]
+    rows += [(route.name, f"{route.evaluation.loss:.4f}", f"{route.evaluation.bits_per_byte:.4f}",
+              f"{route.bytes / 1e6:.2f}", f"{route.evaluation.loss - routes[1].evaluation.loss:+.4f}") for route in routes]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def save_plot(routes, path):
+    """A bar for each route, as long as its loss, with the unquantised adapter's as a line (matplotlib, PNG)."""
+    figure = load_matplotlib()(figsize=(8, 0.6 + 0.5 * len(routes)), layout="constrained")
+    axes = figure.add_subplot(xlabel="loss (nats per token)")
+    losses = [route.evaluation.loss for route in routes]
+    bars = axes.barh([route.name for route in routes], losses, height=0.6, color="tab:blue")
+    axes.bar_label(bars, [f"{loss:.4f}" for loss in losses], padding=3)
+    axes.axvline(losses[1], color="black", lw=1, ls=":")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(losses))
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
