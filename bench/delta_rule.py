@@ -151,19 +151,15 @@ def torch_engine(a, threads):
 
 def extra_memory(size, engine, work, threads):
     """MiB above what is resident, once everything is compiled and loaded by a run on few tokens."""
+    from deltanet_ref.train.memory import peak_memory, start_phase
     small = random_arguments(**SIZES[size] | dict(L=128, sequences=SIZES[size].get("sequences") and 4))
     available_engines(small)[engine](small, threads)[int(work)]()
     arguments = random_arguments(**SIZES[size])
     run = available_engines(arguments)[engine](arguments, threads)[int(work)]
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
+    start_phase()
+    before = peak_memory()                                 # what is resident now
     run()
-    return (status("VmHWM") - before) / 1024
-
-
-def status(field):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1])
+    return (peak_memory() - before) / 2**20
 
 
 def relative(a, b):

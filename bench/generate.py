@@ -58,9 +58,12 @@ def main():
 
 def measure(type, path, args):
     """A row for each engine."""
+    from worker import Worker
     check_products(path)
     engines = ENGINES if importlib.util.find_spec("xllamacpp") else ENGINES[:1]
-    workers = {engine: Worker(engine, path, args) for engine in engines}
+    sizes = ["--prompt", str(args.prompt), "--tokens", str(args.tokens), "--threads", str(args.threads)]
+    workers = {engine: Worker(__file__, "--work", engine, str(path), *sizes, stderr=subprocess.DEVNULL)
+               for engine in engines}
     checks = {engine: worker.ask("check") for engine, worker in workers.items()}
     if len(checks) > 1:
         compare(*checks.values())
@@ -74,28 +77,6 @@ def measure(type, path, args):
     return [dict(type=type, engine=engine, file_MiB=path.stat().st_size / 2**20, **workers[engine].finish(),
                  prefill_per_s=statistics.median(r["prefill_per_s"] for r in rounds[engine]),
                  decode_per_s=statistics.median(r["decode_per_s"] for r in rounds[engine])) for engine in engines]
-
-
-class Worker:
-    """A process with an engine and a model, which does what it is told."""
-
-    def __init__(self, engine, path, args):
-        command = [sys.executable, __file__, "--work", engine, str(path), "--prompt", str(args.prompt), "--tokens",
-                   str(args.tokens), "--threads", str(args.threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
-
-    def ask(self, command):
-        print(command, file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit("an engine failed; nothing was written")
-        return json.loads(line)
-
-    def finish(self):
-        answer = self.ask("finish")
-        self.process.wait()
-        return answer
 
 
 def work(engine, path, args):

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deltanet_ref.formats.gguf import read_gguf, write_gguf  # noqa: E402 (needs the path)
 from deltanet_ref.formats.quants import quantize, stored_bytes  # noqa: E402
 from deltanet_ref.model.config import Config  # noqa: E402
+from deltanet_ref.model.convert import type_of_matrix  # noqa: E402
 from deltanet_ref.model.tensors import expected_tensors  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ def random_gguf(shape, type):
     tensors = {}
     for name, spec in expected_tensors(config).items():
         if spec.linear or name == "token_embd.weight":
-            kind = type_of(name, type, config)
+            kind = type_of_matrix("q4_k_m", spec, config) if type == "Q4_K_M" else Type[type]
             what = kind, spec.shape[1] ** -0.5
             if what not in drawn:
                 drawn[what] = random_blocks(*what, rng)
@@ -65,19 +66,6 @@ def random_gguf(shape, type):
             tensors[name] = small_tensor(name, rng.standard_normal(spec.shape, np.float32))
     write_gguf(path, metadata, tensors)
     return path
-
-
-def type_of(name, type, config):
-    """The type of a tensor in a file of a type; Q4_K_M as llama-quantize makes it (src/llama-quant.cpp)."""
-    if type != "Q4_K_M":
-        return Type[type]
-    if name == "token_embd.weight":                        # tied: the head
-        return Type.Q6_K
-    if not name.endswith(("attn_qkv.weight", "attn_v.weight", "ffn_down.weight")):
-        return Type.Q4_K
-    layer, layers = int(name.split(".")[1]), config.num_hidden_layers
-    more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-    return Type.Q6_K if more else Type.Q4_K
 
 
 def random_blocks(kind, scale, rng):

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -26,11 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 RANK, ALPHA, LR = 16, 32, 2e-4
-HF_FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
-    rms_norm_eps tie_word_embeddings max_position_embeddings"""
 NOISE = 2e-5                  # float32 against float64, of the whole gradient of a tiny model: measured 1e-6 .. 4e-6
-BLOCK = 4096                  # rows of the vocabulary at a time, as the engine takes them
 PAUSE = 0.2                   # seconds between steps: threads of the engine before that still spin go to sleep
 # functions of the backend by what they are, for the profile; all other time counts as element-wise
 KINDS = {"matrix products": "linear_forward linear_backward_input linear_backward_weight linear_add "
@@ -79,48 +74,24 @@ def set_threads(threads):
 
 def measure(args, length, checkpoint):
     """A row for each engine: medians of steps taken in turns."""
+    from worker import Worker
     peers = not args.no_peers and all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft"))
     engines = [("numba", type) for type in args.types.split(",")] + [("HF + PEFT", "F32")] * peers
-    workers = [Worker(args, engine=engine, type=type, shape=args.shape, length=length, checkpoint=checkpoint)
-               for engine, type in engines]
+    workers, steps = [], [[] for _ in engines]
+    for engine, type in engines:
+        what = dict(engine=engine, type=type, shape=args.shape, length=length, checkpoint=checkpoint)
+        workers.append(Worker(__file__, "--threads", str(args.threads), "--work", json.dumps(what)))
+        workers[-1].answer()                            # it has loaded, compiled and taken its first step
     for _ in range(args.rounds):
-        for worker in workers:
+        for worker, taken in zip(workers, steps):
             time.sleep(PAUSE)
-            worker.step()
+            taken.append(worker.ask("step"))
     rows = []
-    for (engine, type), worker in zip(engines, workers):
-        rows.append(dict(engine=engine, type=type, length=length, checkpoint=checkpoint, loss=worker.losses[0],
-                         median_s=statistics.median(worker.seconds), least_s=min(worker.seconds), **worker.finish()))
+    for (engine, type), worker, taken in zip(engines, workers, steps):
+        seconds = [step["seconds"] for step in taken]
+        rows.append(dict(engine=engine, type=type, length=length, checkpoint=checkpoint, loss=taken[0]["loss"],
+                         median_s=statistics.median(seconds), least_s=min(seconds), **worker.finish()))
     return rows
-
-
-class Worker:
-    """A process that holds an engine and takes a step when it is told to."""
-
-    def __init__(self, args, **what):
-        command = [sys.executable, __file__, "--threads", str(args.threads), "--work", json.dumps(what)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.seconds, self.losses = [], []
-        self._ask("")                                  # it has loaded, compiled and taken its first step
-
-    def step(self):
-        answer = self._ask("step")
-        self.seconds.append(answer["seconds"])
-        self.losses.append(answer["loss"])
-
-    def finish(self):
-        """peaks in bytes by phase; for this engine also profile, seconds by kind, and the products alone."""
-        answer = self._ask("finish")
-        self.process.wait()
-        return answer
-
-    def _ask(self, command):
-        if command:
-            print(command, file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit("an engine failed; nothing was written")
-        return json.loads(line)
 
 
 def work(engine, type, shape, length, checkpoint, threads):
@@ -174,15 +145,12 @@ def ours(shape, type, tokens, checkpoint, threads):
 
 def hf_peft(shape, type, tokens, checkpoint, threads):
     import torch
+    from deltanet_ref.model.convert import hf_config
     from models import config_of
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
     torch.set_num_threads(threads)
-    c = config_of(shape)
-    shared = {name: getattr(c, name) for name in HF_FIELDS.split()}
-    rope = dict(rope_type="default", rope_theta=c.rope_theta, partial_rotary_factor=c.partial_rotary_factor,
-                mrope_section=list(c.mrope_section))
-    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**shared, layer_types=list(c.layer_types), rope_parameters=rope))
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig.from_dict(hf_config(config_of(shape), "float32")))
     targets = ["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj",
                "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
@@ -279,6 +247,7 @@ def shapes_of_products(name, args):
         y, x, w = args
         return [(rows(y), *w.shape[::-1])]
     if name == "linear_cross_entropy_forward":
+        from deltanet_ref.ops.linear_cross_entropy import BLOCK
         x, w, labels = args
         kept = int((labels >= 0).sum())
         return [(kept, x.shape[1], BLOCK), (kept, BLOCK, x.shape[1])] * (len(w) // BLOCK)

@@ -1,10 +1,10 @@
 """deltanet-ref generate: the continuation of a text, as it comes."""
 import sys
 import time
-from pathlib import Path
 
 from deltanet_ref.cli.model import add_adapter_argument, add_model_arguments, load
 from deltanet_ref.errors import InputError
+from deltanet_ref.formats.files import read_text
 from deltanet_ref.model.generate import prompt_prefix
 
 EPILOG = """\
@@ -35,7 +35,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
+    prompt = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
     model = load(args)
     if args.chat:
         if model.tokenizer.chat_template is None:
@@ -55,10 +55,3 @@ def run(args):
     seconds, count = time.perf_counter() - start, len(model.tokenizer.encode("".join(pieces)))
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.2f} tokens/s, reading the prompt included",
           file=sys.stderr)
-
-
-def read_prompt(path):
-    try:
-        return Path(path).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -5,7 +5,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from deltanet_ref.cli.model import add_model_arguments, load
+from deltanet_ref.cli.model import add_model_arguments, load, refuse_input_as_output
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import ensure_writable
 from deltanet_ref.train.lora import TrainOptions, flag, prepare, run as run_training
@@ -83,9 +83,7 @@ def check_outputs(args):
     output = Path(args.output)
     if output.suffix != ".gguf":
         raise InputError(f"{output}: an adapter's name must end in .gguf")
-    for source in (args.model, args.data):
-        if output.exists() and os.path.exists(source) and output.samefile(source):
-            raise InputError(f"{output}: is an input too; give the adapter another name")
+    refuse_input_as_output(output, args.model, args.data)
     ensure_writable(output)
     if args.plot:
         if Path(args.plot).suffix not in PLOT_SUFFIXES:

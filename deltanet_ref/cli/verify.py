@@ -9,6 +9,7 @@ import numpy as np
 
 from deltanet_ref.cli.model import add_model_arguments, load, split_scale
 from deltanet_ref.errors import InputError
+from deltanet_ref.formats.files import read_text
 
 PROMPTS = ("The ship left the harbour before the morning.", "Question: what is 7 times 6?\nAnswer:",
            "def add(a, b):\n    return a + b\n")
@@ -42,7 +43,8 @@ def run(args):
     from deltanet_ref.lora.verify import verify
 
     path, scale = split_scale(args.adapter_file)
-    texts = args.prompt + (read_lines(args.prompts) if args.prompts else []) or list(PROMPTS)
+    lines = [line for line in read_text(args.prompts).splitlines() if line.strip()] if args.prompts else []
+    texts = args.prompt + lines or list(PROMPTS)
     model = load(args)
     prompts = [ids[:LONGEST] for ids in map(model.tokenizer.encode, texts)]
     if any(len(ids) < 2 for ids in prompts):
@@ -55,13 +57,6 @@ def run(args):
     else:
         print_report(report)
     return 1 if report.problems else 0
-
-
-def read_lines(path):
-    try:
-        return [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
 
 
 def compare_with_others(report, args, model, adapter, prompts, scale):

@@ -87,7 +87,7 @@ def read_text(path):
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e:
-        raise InputError(f"{path}: is not UTF-8 text: fetch it again") from e
+        raise InputError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from e
 
 
 def read_json(path):

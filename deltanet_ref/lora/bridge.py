@@ -40,7 +40,7 @@ _PATTERN_SECONDS = 5
 _MATCH = r"""
 import json, re, sys
 patterns, modules = json.load(sys.stdin)
-print(json.dumps({p: [m for m in modules if re.fullmatch(rf"(.*\.)?({p})", m)] for p in patterns}))
+print(json.dumps([[m for m in modules if re.fullmatch(p, m)] for p in patterns]))
 """
 _NOTHING = (None, False, "none", [], {})
 # initialisations that also change the base weights: the factors alone do not carry the model
@@ -182,17 +182,18 @@ def _by_module(peft, modules, patterns, default, where):
     values = peft.get(patterns) or {}
     if not isinstance(values, dict):
         raise InputError(f"{where}: {patterns} is {values!r}, not an object")
+    ends = [rf"(.*\.)?({pattern})" for pattern in values]
     if all(map(_PLAIN_PATTERN.fullmatch, values)):
-        matched = {p: [m for m in modules if re.fullmatch(rf"(.*\.)?({p})", m)] for p in values}
+        matched = [[m for m in modules if re.fullmatch(end, m)] for end in ends]
     else:
         try:
-            done = subprocess.run([sys.executable, "-I", "-c", _MATCH], input=json.dumps([list(values), list(modules)]),
+            done = subprocess.run([sys.executable, "-I", "-c", _MATCH], input=json.dumps([ends, list(modules)]),
                                   capture_output=True, text=True, timeout=_PATTERN_SECONDS)
             matched = json.loads(done.stdout)
         except (subprocess.TimeoutExpired, ValueError) as error:
             raise InputError(f"{where}: {patterns} cannot be read: it holds no regular expression, or one that takes "
                              f"more than {_PATTERN_SECONDS} s; write the modules' names instead") from error
-    return {module: next((value for pattern, value in values.items() if module in matched[pattern]),
+    return {module: next((value for value, found in zip(values.values(), matched) if module in found),
                          peft.get(default, 8)) for module in modules}
 
 

@@ -158,13 +158,19 @@ def _gguf_type(base, name, choice):
         return base.type(name) if choice is None and isinstance(base, GGUFBase) else Type.F32
     if choice is None:
         return base.type(name)
-    kind, layers = CHOICES[choice][0], base.config.num_hidden_layers
-    head = "token_embd.weight" if base.config.tie_word_embeddings else "output.weight"
-    if kind not in FLOATS and kind != Type.Q8_0 and name == head:
-        kind = Type.Q6_K                            # as llama-quantize has it
-    if choice == "q4_k_m" and name.endswith(MORE_BITS) and _has_more_bits(int(name.split(".")[1]), layers):
+    return type_of_matrix(choice, base.specs[name], base.config)
+
+
+def type_of_matrix(choice, spec, config):
+    """The type of a matrix (of model.tensors) in a GGUF file made as `choice` of CHOICES; as llama-quantize has it."""
+    kind = CHOICES[choice][0]
+    head = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
+    if kind not in FLOATS and kind != Type.Q8_0 and spec.name == head:
         kind = Type.Q6_K
-    while base.specs[name].shape[-1] % GGML_QUANT_SIZES[kind][0]:
+    if choice == "q4_k_m" and spec.name.endswith(MORE_BITS) and _has_more_bits(
+            int(spec.name.split(".")[1]), config.num_hidden_layers):
+        kind = Type.Q6_K
+    while spec.shape[-1] % GGML_QUANT_SIZES[kind][0]:
         kind = FALLBACK[kind]
     return kind
 

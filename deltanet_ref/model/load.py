@@ -22,8 +22,8 @@ _SKIPPED_HF = ((r"(model\.)?visual\.", "vision"), (r"mtp\.", "multi-token predic
 def weights_from_gguf(file, dtype, mode="mapped", decoder=quants):
     """Takes the text model out of an opened GGUF file (a GGUFFile); nothing is decoded yet.
 
-    dtype: float32 or float64, that of the arrays given later; mode and decoder as of Weights. Returns (Config, Weights, notes: list of str). Raises
-    InputError: another architecture, or all missing, unexpected and misshapen tensors at once.
+    dtype: float32 or float64, that of the arrays given later; mode and decoder as of Weights. Returns (Config, Weights,
+    notes: list of str). Raises InputError: another architecture, or all missing, unexpected and misshapen tensors at once.
     """
     dtype = model_dtype(dtype)
     if not file.tensors:

@@ -141,10 +141,10 @@ class _Failure:
             mutant = _answers(edit, result.case, self.layout, self.dtype)
             for name in self.names:
                 right, theirs = result.expected.values[name], mutant.get(name)
-                if theirs is None or theirs.shape != right.shape or not (name in result.stages and result.stages[name].error >= 0):
+                error = result.stages[name].error if name in result.stages else np.nan
+                if theirs is None or theirs.shape != right.shape or not error >= 0:
                     return 0.0
                 its_error = noise_multiples(theirs, right, result.expected, name, self.dtype).max(initial=0.0)
-                error = result.stages[name].error
                 if max(error, its_error) > FACTOR[self.dtype]:
                     ours, theirs = (np.log2(np.clip(e, 1.0, LARGEST)) for e in (error, its_error))
                     distances.append(abs(ours - theirs))

@@ -7,16 +7,15 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType as Type
-from gguf import LlamaFileType
 
 from deltanet_ref.backends import BACKENDS, get_backend, threads
 from deltanet_ref.errors import InputError
-from deltanet_ref.formats.files import ensure_writable
+from deltanet_ref.formats.files import ensure_writable, read_text
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
 from deltanet_ref.formats.quants import quantize
 from deltanet_ref.formats.tokenizer import Tokenizer, tokenizer_metadata
 from deltanet_ref.model.config import Config
+from deltanet_ref.model.convert import CHOICES
 from deltanet_ref.model.load import weights_from_gguf
 from deltanet_ref.model.qwen35 import Qwen35
 from deltanet_ref.model.tensors import expected_tensors
@@ -31,9 +30,7 @@ from deltanet_ref.train.parallel import ParallelModel
 from deltanet_ref.train.report import Console, format_count
 from deltanet_ref.train.schedule import schedule
 
-# what --type makes of the matrices, and the number that GGUF gives such a file
-TYPES = {"f32": (Type.F32, LlamaFileType.ALL_F32), "f16": (Type.F16, LlamaFileType.MOSTLY_F16),
-         "q8_0": (Type.Q8_0, LlamaFileType.MOSTLY_Q8_0)}
+TYPES = {name: CHOICES[name] for name in ("f32", "f16", "q8_0")}        # what --type makes of the matrices
 ADAM_BETAS = (0.9, 0.95)
 FINAL_RATE = 0.1                # of the peak learning rate, at the end of the cosine
 TIMED_BATCHES = 3               # that decide how many steps --minutes gives
@@ -172,8 +169,8 @@ def run(args):
     about |= tokenizer_metadata(json.loads((directory / "tokenizer.json").read_text("utf-8")), tokenizer.chat_template)
     about |= {"tokenizer.ggml.eos_token_id": end, "tokenizer.ggml.padding_token_id": end}
 
-    documents = encode_documents(read_text(args.corpus), tokenizer)
-    valid = read_text(args.valid) if args.valid else ""
+    documents = encode_documents(read_corpus(args.corpus), tokenizer)
+    valid = read_corpus(args.valid) if args.valid else ""
     examples = windows(encode_documents(valid, tokenizer), args.seq_len)
     console = Console()
     console.line(f"{format_count(sum(w.size for w in model.weights.values()))} parameters, {len(documents)} documents, "
@@ -258,12 +255,9 @@ def steps_in(seconds, parallel, batches):
     return max(1, int(seconds / min(times)))
 
 
-def read_text(path):
+def read_corpus(path):
     """A UTF-8 text file with something in it. Raises InputError."""
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    text = read_text(path)
     if not text.strip():
         raise InputError(f"{path}: is empty")
     return text
