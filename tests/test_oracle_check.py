@@ -11,6 +11,7 @@ from deltanet_ref.errors import InputError
 from deltanet_ref.ops import gated_delta_rule as gdr
 from deltanet_ref.oracle.cases import CASES, bfloat16, make_inputs, select
 from deltanet_ref.oracle.check import judge
+from deltanet_ref.oracle.chunk_by_chunk import chunk_by_chunk
 from deltanet_ref.oracle.layouts import SWITCHES, make_layout
 from deltanet_ref.oracle.noise import FACTOR
 from deltanet_ref.oracle.operators import OPERATORS
@@ -146,11 +147,12 @@ SINGLE = [{switch: value} for switch, values in SWITCHES.items() for value in va
 COMBINED = dict(state="vk", heads="tiled", order="head", scale="none", l2norm="inside", gate="decay")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("switches", [*SINGLE, COMBINED],
                          ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()))
-def test_a_correct_implementation_in_another_layout_raises_no_alarm(switches):
+def test_a_correct_implementation_in_another_layout_raises_no_alarm(switches, dtype):
     layout = make_layout(**switches)
-    report = judge(*in_layout(layout), cases=DENSE, layout=layout)
+    report = judge(*in_layout(layout), cases=DENSE, layout=layout, dtype=dtype)
     assert report.ok, wrong(report)
     skipped = {result.case.id for result in report.cases if result.status == "SKIP"}
     if layout.scale != "fixed":
@@ -272,6 +274,32 @@ def test_a_planted_backward_mistake_is_found(mistake, output, fails, passes):
     assert found[fails] == output
     assert not found.keys() & set(passes.split())
     assert not set(found.values()) & {"o", "S_end"}, "the forward was right"
+
+
+def test_a_wrong_forward_is_the_first_stage_even_where_the_simplest_case_has_only_wrong_gradients():
+    """Without a state the decay of a single token changes nothing but dS0."""
+    report = judge(lambda q, k, v, *, g, **options: loop_forward(q, k, v, g=g / 2, **options),
+                   lambda q, k, v, *, g, **options: loop_backward(q, k, v, g=g / 2, **options), cases=DENSE)
+    assert report.failed[0].first_bad["output"] == "dS0"
+    assert report.first_stage()[0] == "o"
+    stage = report.as_json()["summary"]["first_stage"]
+    assert stage["output"] == "o" and wrong(report)[stage["case"].split("/")[1]] == "o"
+
+
+def test_gradients_of_what_is_constant_in_A_and_T_are_not_judged():
+    def backward(*args, **options):
+        x = dict(zip(("q", "k", "v"), args)) | options
+        y = chunk_by_chunk(x)
+        column, row = np.arange(64), (np.arange(x["v"].shape[1]) % 64)[:, None, None]
+        garbled = {name: np.where(spoilt(column, row), np.float32(7), y[name]) for name in ("dT", "dA")}
+        return *(y[name] for name in ("dq", "dk", "dv", "dg", "dbeta", "dS0")), garbled
+
+    case = CASES["delta/three-chunks-state"]
+    for spoilt in np.greater, np.equal:
+        assert judge(loop_forward, backward, cases=[case]).ok
+    spoilt = np.less
+    result, = judge(loop_forward, backward, cases=[case]).cases
+    assert [name for name, stage in result.stages.items() if stage.status != "ok"] == ["dT", "dA"]
 
 
 def test_the_first_bad_place_of_a_backward_mistake_is_the_last_token_that_it_touches():

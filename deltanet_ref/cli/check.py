@@ -37,7 +37,7 @@ def add_arguments(parser):
                         help="of the inputs, and what the answers are held to (default float32)")
     parser.add_argument("--cases", nargs="+", metavar="PATTERN", default=None,
                         help="case ids, shell patterns or groups (default delta); `vectors --list` lists them")
-    parser.add_argument("--packed", action="store_true", help="packed cases too: the callee takes cu_seqlens")
+    parser.add_argument("--packed", action="store_true", help="without --cases, packed ones too: the callee takes cu_seqlens")
     parser.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds for one case (default 20)")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     layout = parser.add_argument_group("the other side's conventions")
@@ -58,7 +58,7 @@ def run(args):
 
     switches = {name: getattr(args, name) for name in (*SWITCHES, "call", "returns", "backward_call", "gradients")}
     layout = make_layout(args.layout or "own", **switches)
-    cases = select([*(args.cases or ["delta"]), *(["packed"] if args.packed else [])], args.dtype)
+    cases = select(args.cases or ["delta", *(["packed"] if args.packed else [])], args.dtype)
     runner = make_runner(args)
     try:
         report = examine(runner, cases, dtype=args.dtype, layout=layout, progress=Progress(len(cases)),

@@ -156,7 +156,7 @@ _TABLE = (
 
     # gates
     _gate("plain", dict(B=2, L=7, H_v=3), "plain bf16-inputs"),
-    _gate("wide", dict(B=1, L=17, H_v=5), "gate-range full-precision", precision="float32", range=30.0),
+    _gate("wide", dict(B=1, L=17, H_v=5), "gate-range full-precision", precision="float32", range=120.0),
     _gate("long", dict(B=1, L=70, H_v=3), "full-precision", precision="float32"),
 
     # norms
@@ -172,15 +172,17 @@ _TABLE = (
 
     # rotary
     _rope("partial", dict(B=2, L=7, H=3, d=16, R=4), "plain bf16-inputs"),
-    _rope("far", dict(B=1, L=9, H=2, d=16, R=8), "long full-precision", precision="float32", start=5000),
-    _rope("sections", dict(B=1, L=11, H=2, d=32, R=24), "sections bf16-inputs", sections=(5, 4, 3)),
+    _rope("far", dict(B=1, L=9, H=2, d=16, R=8), "long full-precision", precision="float32", start=5000,
+          theta=1e7),
+    _rope("sections", dict(B=1, L=11, H=2, d=32, R=24), "sections bf16-inputs", sections=(5, 4, 3),
+          theta=1e6),
 
     # gated softmax attention
     _attention("plain", dict(B=1, L=9, M=9, H=2, H_kv=2, d=8), "plain bf16-inputs"),
     _attention("grouped", dict(B=2, L=11, M=11, H=6, H_kv=2, d=8), "grouped-heads batch-rows bf16-inputs"),
     _attention("past", dict(B=1, L=3, M=12, H=4, H_kv=2, d=8), "initial-state bf16-inputs"),
     _attention("large-scores", dict(B=1, L=13, M=13, H=2, H_kv=1, d=8), "score-range full-precision",
-               precision="float32", gain=25.0),
+               precision="float32", gain=25.0, offset=18.0),
 
     # cross-entropy
     _xent("plain", dict(n=6, V=11), "plain bf16-inputs"),
@@ -414,16 +416,18 @@ def _rope_inputs(case, draw):
     if "sections" in options:                                              # (3, L): time, height, width
         positions = np.stack([positions, positions // 3 + 2, positions % 5])
     shape = (s["B"], s["L"], s["H"], s["d"])
-    return {"x": cast(draw.bell(shape)), "positions": positions, "rotary_dim": s["R"], "theta": 1e4,
+    return {"x": cast(draw.bell(shape)), "positions": positions, "rotary_dim": s["R"], "theta": options.get("theta", 1e4),
             "sections": options.get("sections"), "dy": cast(draw.bell(shape))}
 
 
 def _attention_inputs(case, draw):
     s, cast = case.sizes, rounding(case)
     query, past = (s["B"], s["L"], s["H"], s["d"]), (s["B"], s["M"], s["H_kv"], s["d"])
-    return {"q": cast(draw.bell(query) * case.options.get("gain", 1.0)), "k": cast(draw.bell(past)),
-            "v": cast(draw.bell(past)), "gate": cast(draw.bell(query)), "scale": 1 / math.sqrt(s["d"]),
-            "dy": cast(draw.bell(query))}
+    q, k = draw.bell(query) * case.options.get("gain", 1.0), draw.bell(past)
+    if "offset" in case.options:                                           # every score larger by offset^2 scale
+        q[..., 0] = k[..., 0] = case.options["offset"]
+    return {"q": cast(q), "k": cast(k), "v": cast(draw.bell(past)), "gate": cast(draw.bell(query)),
+            "scale": 1 / math.sqrt(s["d"]), "dy": cast(draw.bell(query))}
 
 
 def _cross_entropy_inputs(case, draw):

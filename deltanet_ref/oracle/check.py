@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from deltanet_ref.oracle.cases import make_inputs, select
-from deltanet_ref.oracle.compare import CaseResult, compare
+from deltanet_ref.oracle.compare import CaseResult, compare, of_backward
 from deltanet_ref.oracle.generate import VERSION
 from deltanet_ref.oracle.layouts import Layout, cannot_express, put, take
 from deltanet_ref.oracle.noise import FACTOR
@@ -75,9 +75,13 @@ class Report:
         return sorted((v for v in verdicts if lift(v) > 0.25), key=lift, reverse=True)
 
     def first_stage(self):
-        """(output, CaseResult) of the simplest failing case with an answer, its first bad output in pipeline order."""
+        """(output, CaseResult): the first bad output in pipeline order of the simplest failing case with an answer.
+
+        Where outputs are wrong in some cases and only gradients in others, of the former.
+        """
         wrong = [result for result in self.cases if result.first_bad]
-        return (wrong[0].first_bad["output"], wrong[0]) if wrong else None
+        forward = [result for result in wrong if not of_backward(result.first_bad["output"])]
+        return next(((result.first_bad["output"], result) for result in forward or wrong), None)
 
     def summary(self):
         """One line: what passed, at which precision, which kit, and what really ran."""
@@ -93,10 +97,12 @@ class Report:
     def as_json(self):
         """The form that DESIGN section 5 fixes, with more beside it; numbers that are not finite are null."""
         suspects = [{"bug": bug, "title": title, "score": score} for bug, title, score in self.suspects]
+        stage = self.first_stage()
         return {"summary": {"passed": self.count("ok"), "failed": self.count(*FAILED), "skipped": self.count("SKIP"),
                             "errors": self.count(*BROKEN), "suspects": suspects, "dtype": self.dtype,
                             "factor": FACTOR[self.dtype], "gradients": self.gradients, "vectors": VERSION,
                             "provenance": self.provenance,
+                            "first_stage": stage and {"output": stage[0], "case": stage[1].case.id},
                             "flags": [verdict._asdict() for verdict in self.flags()]},
                 "cases": [_case_json(result) for result in self.cases]}
 

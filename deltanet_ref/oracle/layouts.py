@@ -102,7 +102,7 @@ def put(layout, case):
     if layout.heads == "repeated":
         y["q"], y["k"] = (np.repeat(y[name], case.sizes["H_v"] // case.sizes["H_k"], axis=2) for name in ("q", "k"))
     if layout.gate == "decay":
-        y["g"] = np.exp(y["g"])
+        y["g"] = np.exp(y["g"], dtype=np.float64)                          # rounded once, to what is handed over
     if layout.state == "vk":
         y |= {name: np.ascontiguousarray(y[name].swapaxes(-1, -2)) for name in ("S0", "dS_end")}
     if layout.order == "head":

@@ -26,7 +26,7 @@ import numpy as np
 from deltanet_ref.errors import InputError
 from deltanet_ref.oracle.exchange import FORMATS, read_answers, write_case
 from deltanet_ref.oracle.layouts import backward_call, call_with, forward_call, returned
-from deltanet_ref.oracle.operators import OPERATORS
+from deltanet_ref.oracle.operators import OPERATORS, in_dtype
 
 WIDE = ("g", "S0", "dS_end", "A_log", "dt_bias", "dg", "S")               # stay float32 beside bfloat16 inputs
 START_SECONDS = 180           # an import may compile kernels
@@ -359,7 +359,7 @@ class Program:
 
     def run(self, case, inputs, layout):
         source, target = (Path(self.directory.name) / f"{name}.{self.format}" for name in ("in", "out"))
-        write_case(source, _in_dtype(inputs, self.dtype))
+        write_case(source, in_dtype(inputs, "float32" if self.dtype == "bfloat16" else self.dtype))
         target.unlink(missing_ok=True)
         words = [word.replace("{in}", str(source)).replace("{out}", str(target)) for word in self.words]
         try:
@@ -415,12 +415,6 @@ def _answer_from(path, case, layout):
         arrays = {name: a.reshape((1,) * (len(axes[name]) - a.ndim) + a.shape) if name in axes else a
                   for name, a in arrays.items()}
     return Answer(arrays)
-
-
-def _in_dtype(inputs, dtype):
-    wide = "float32" if dtype == "bfloat16" else dtype
-    return {name: value.astype(wide) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
-            for name, value in inputs.items()}
 
 
 def _program_facts(words):

@@ -22,6 +22,7 @@ from deltanet_ref.oracle.noise import FACTOR
 from deltanet_ref.oracle.operators import OPERATORS, in_dtype
 
 CHUNKS = (16, 32, 64, 128)    # tokens per chunk of the implementation: nobody tells
+UNUSUAL_CHUNKS = (4, 8, 10, 20, 24, 40, 48, 80, 96, 100)      # tried when nothing fits with those
 LONGEST = 200                 # tokens of the cases that mutants are put to
 FIRST, FAILING, PASSING = 4, 10, 6                # failing cases for every mutant; cases for those that do well there
 LIKELY = 0.5                  # share of what is wrong that a suspect must explain
@@ -86,18 +87,20 @@ class _Failure:
         telling = _telling(self.failing, FAILING)
         cases = telling + _telling(self.passing, PASSING)
 
-        def rated(by, agreement, *first):
+        def rated(by, agreement, *first, chunks=CHUNKS):
             """The mutants that agree on all cases, if they do on the first ones."""
             for mistake in table:
-                edits = [edit for name in realisations for edit in _of_every_chunk(getattr(mistake, name))
+                edits = [edit for name in realisations for edit in _of_every_chunk(getattr(mistake, name), chunks)
                          if mistake.by == by and all(agreement(edit, part) > LIKELY / 2 for part in first)]
                 score = max((agreement(edit, cases) for edit in edits), default=0.0)
                 if score >= LIKELY:
                     yield score, mistake.bug, mistake.title
 
-        return (list(rated("value", self.same_numbers, telling[:1], telling[:FIRST]))
+        first, rounding = (telling[:1], telling[:FIRST]), self.rounding()
+        return (list(rated("value", self.same_numbers, *first))
+                or list(rated("value", self.same_numbers, *first, chunks=() if rounding else UNUSUAL_CHUNKS))
                 or list(rated("size", self.same_sizes))
-                or self.places({mistake.bug for mistake in table if mistake.bug in ROUNDINGS or not self.rounding()}))
+                or self.places({mistake.bug for mistake in table if mistake.bug in ROUNDINGS or not rounding}))
 
     def same_numbers(self, edit, results):
         """The part of what is wrong, here or there, that is the same in the mutant, in the mean over outputs.
@@ -200,8 +203,8 @@ def _telling(results, n):
     return [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, n).astype(int))] if chosen else []
 
 
-def _of_every_chunk(edit):
-    return [edit._replace(chunk=C) for C in CHUNKS] if BASES[edit.base].chunk and edit.chunk > 1 else [edit]
+def _of_every_chunk(edit, chunks):
+    return [edit._replace(chunk=C) for C in chunks] if BASES[edit.base].chunk and edit.chunk > 1 else [edit]
 
 
 @functools.lru_cache(None)

@@ -36,7 +36,7 @@ ALONG, ALONG_MEAN = "np.subtract(dn, n, out=n)", "mean = np.einsum"
 # ---- words of the rotary embedding
 ROPE, FREQUENCY = 'x["positions"], x["rotary_dim"], x["theta"], x["sections"]', "theta ** (-2 * j / rotary_dim)"
 AXIS = "np.where((j % 3 == 1) & (j < 3 * sections[1]), 1, np.where((j % 3 == 2) & (j < 3 * sections[2]), 2, 0))"
-ROTATED, ROPE_BACK = "y = x.copy()\n", "return rope_forward(dy, cos, -sin)"
+ROPE_BACK = "return rope_forward(dy, cos, -sin)"
 PAIRS = "first, second = x[..., :half], x[..., half:2 * half]"
 NEIGHBOURS = "np.r_[0:2 * half:2, 1:2 * half:2, 2 * half:x.shape[3]]"
 
@@ -78,6 +78,9 @@ FORWARD = (
     Mistake(22, "the taps of the convolution reversed",
             conv(becomes(CONV, w="{0}[:, ::-1]")), conv(("_correlate(padded, w) ", "_correlate(padded, w[:, ::-1]) "))),
 
+    Mistake(5, "softplus overflows",
+            gate((STEP, "step = np.log1p(np.exp(x.astype(np.float32)))")),
+            gate(swap(GATES_RETURN, " g", " (-A * np.log1p(np.exp(x.astype(np.float32)))).astype(a.dtype)"))),
     Mistake(9, "-exp(A_log) exponentiated again",
             gate(put(RATE, "np.exp(-np.exp(A_log.astype(wide)))")), gate(becomes(GATES, A_log="-np.exp({0})"))),
     Mistake(9, "A_log not exponentiated",
@@ -121,6 +124,8 @@ FORWARD = (
             rotary(becomes(ROPE, theta='{0} ** (x["rotary_dim"] / x["x"].shape[-1])')),
             rotary(("cos, sin = ops.rope_tables", 'cos, sin = (t[:, :x["rotary_dim"] // 2] for t in ops.rope_tables'),
                    becomes(ROPE, rotary_dim='x["x"].shape[-1]'), ('x["x"].dtype)', 'x["x"].dtype))'))),
+    Mistake(30, "theta fixed to 10000",
+            rotary(becomes(ROPE, theta="1e4")), rotary(swap(FREQUENCY, "theta", "1e4"))),
     Mistake(30, "neighbours as pairs",
             rotary((PAIRS, f"order = {NEIGHBOURS}\n    x = x[..., order]\n    {PAIRS}"),
                    ("return y\n", "return y[..., np.argsort(order)]\n")),
@@ -192,7 +197,7 @@ BACKWARD = (
     Mistake(9, "dA_log is the gradient of exp(A_log)",
             gate(swap(RATE_BACK, "-A * ", "-")), gate(put(RATE_BACK, "({0} / A).astype(dg.dtype)"))),
     Mistake(11, "db without the slope of the sigmoid",
-            gate(swap(BETA_BACK, " * beta * (1 - beta)")), gate(put(BETA_BACK, "{0} / (beta * (1 - beta))"))),
+            gate(swap(BETA_BACK, " * beta * (1 - beta)")), gate(('"db": db', '"db": x["dbeta"]'))),
     Mistake(11, "da without the slope of the softplus",
             gate(swap(X_BACK, " * sigmoid(x)")), gate(put(X_BACK, "{0} / sigmoid(x)"))),
     Mistake(15, "dA_log and ddt_bias of row 0",
