@@ -349,6 +349,25 @@ def test_shapes_dtypes_and_what_is_missing_are_told_apart():
     assert status(lambda o, S: (o.astype(np.float64), S.astype(np.float64)), first_bad=None)[:2] == ("ok", None)
 
 
+def test_what_is_no_array_and_what_is_missing_everywhere_has_no_suspect():
+    cases = DENSE[:9]
+    report = judge(lambda *a, **k: (o for o in loop_forward(*a, **k)), cases=cases)
+    assert {result.status for result in report.cases} == {"ERROR"} and report.suspects == []
+    assert "no array" in report.cases[0].message
+    report = judge(lambda *a, **k: (None, loop_forward(*a, **k)[1]), cases=cases)
+    assert {result.status for result in report.cases} == {"MISSING"} and report.suspects == []
+    without_dS0 = judge(loop_forward, lambda *a, **k: loop_backward(*a, **k)[:5], cases=DENSE)
+    assert without_dS0.suspects[0][0] == 14
+
+
+def test_an_exception_of_many_lines_is_one_line():
+    def verbose(*args, **options):
+        raise ValueError("first\n\n  second " + "and so on " * 100)
+
+    message = judge(verbose, cases=DENSE[:1]).cases[0].message
+    assert message.startswith("ValueError: first second and so on") and "\n" not in message and len(message) < 400
+
+
 def test_a_callable_that_raises_costs_only_its_case():
     def picky(q, k, v, **options):
         if q.shape[1] == 64:
@@ -440,6 +459,9 @@ def test_hanging_and_dying_callables_cost_only_their_case(capsys, tmp_path):
     ([f"{KERNELS}:loop_forward", "--results", "here"], "give one of"),
     (["--exec", "cat"], "{in}"),
     (["--exec", "no-such-program {in} {out}"], "cannot be found"),
+    (["--exec", f"{__file__} {{in}} {{out}}"], "chmod +x"),
+    (["--exec", "cat '{in} {out}"], "No closing quotation"),
+    ([f"{KERNELS}:loop_forward", "--timeout", "nan"], "--timeout"),
     (["--exec", "cat {in} {out}", "--backward", "autograd"], "--backward"),
     (["--results", "no-such-directory"], "is no directory"),
 ])

@@ -80,7 +80,7 @@ def make_runner(args):
     given = [x for x in (args.forward, args.program, args.results) if x is not None]
     if len(given) != 1:
         raise InputError("give one of MODULE:FUNCTION, --exec COMMAND and --results DIR")
-    if args.timeout <= 0:
+    if not args.timeout > 0:
         raise InputError(f"--timeout is {args.timeout:g}; it must be more than 0 seconds")
     if args.forward is None:
         for option in ("backward", "array", "device"):

@@ -165,11 +165,13 @@ class Callables:
         except InputError:
             raise
         except Exception as error:                                         # whatever the callable raises is its verdict
-            return Answer(None, "ERROR", f"{type(error).__name__}: {error} ({_place(error)})")
+            return Answer(None, "ERROR", f"{_in_a_line(error)} ({_place(error)})")
         try:
             outputs = {name: self.arrays.numpy(value) for name, value in outputs.items() if value is not None}
         except Exception as error:
-            return Answer(None, "ERROR", f"an answer is no array: {type(error).__name__}: {error}")
+            return Answer(None, "ERROR", f"an answer is no array: {_in_a_line(error)}")
+        if objects := [name for name, value in outputs.items() if value.dtype.kind == "O"]:
+            return Answer(None, "ERROR", f"{objects[0]} is no array of numbers")
         return Answer(outputs, device=device)
 
     def _forward(self, op, inputs, layout):
@@ -201,6 +203,12 @@ class Callables:
         return {name: value if not isinstance(value, np.ndarray)
                 else self.arrays.array(value, wide if name in WIDE else self.dtype) if value.dtype.kind == "f"
                 else self.arrays.array(value, str(value.dtype)) for name, value in inputs.items()}
+
+
+def _in_a_line(error):
+    """An exception's type and the beginning of what it says."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:200]}{'...' * (len(said) > 200)}"
 
 
 def named(result, names):
@@ -282,9 +290,13 @@ class Worker:
         self.replies = queue.SimpleQueue()
         threading.Thread(target=_read_replies, args=(self.process.stdout, self.replies), daemon=True).start()
         reply = self._ask(self.setup, START_SECONDS)
+        if isinstance(reply, InputError):
+            self.close()
+            raise reply
         if not isinstance(reply, dict):
             self.close()
-            raise InputError(reply or f"{self.setup['forward']} was not imported within {START_SECONDS} s")
+            raise InputError(f"{self.setup['forward']} cannot be imported: "
+                             + (f"the process ended, {reply}" if reply else f"not done within {START_SECONDS} s"))
         self.provenance, self.array = reply["provenance"], reply["array"]
 
     def run(self, case, inputs, layout):
@@ -350,7 +362,10 @@ class Program:
     """A command with {in} and {out}, run once for each case; both are files of one format."""
 
     def __init__(self, command, *, format="safetensors", timeout=20.0, dtype="float32"):
-        self.words = shlex.split(command)
+        try:
+            self.words = shlex.split(command)
+        except ValueError as error:
+            raise InputError(f"the command {command!r} cannot be read: {error}") from error
         if not any("{in}" in word for word in self.words) or not any("{out}" in word for word in self.words):
             raise InputError(f"the command {command!r} must contain {{in}} and {{out}}, the files to read and to write")
         self.format, self.timeout, self.dtype = format, timeout, dtype
@@ -420,6 +435,8 @@ def _answer_from(path, case, layout):
 def _program_facts(words):
     """The program and the files among its words, such as a script, each with the beginning of its sha256."""
     program = shutil.which(words[0])
+    if program is None and Path(words[0]).is_file():
+        raise InputError(f"the program {words[0]} is not executable: chmod +x {words[0]}")
     if program is None:
         raise InputError(f"the program {words[0]} cannot be found: give its path, such as ./{words[0]}")
     files = [Path(program), *(Path(word) for word in words[1:] if Path(word).is_file())]

@@ -75,7 +75,9 @@ class _Failure:
         outputs = OPERATORS[op].outputs
         self.op, self.results, self.dtype, self.layout = op, results, report.dtype, report.layout
         self.backward = not any(_bad(result, outputs) for result in results)
-        judged = {name for result in results for name in result.stages}
+        # an output that is missing fits no mistake, a gradient does
+        judged = {name for result in results for name, stage in result.stages.items()
+                  if stage.status != "MISSING" or name in OPERATORS[op].gradients}
         self.names = tuple(name for name in (OPERATORS[op].gradients if self.backward else outputs) if name in judged)
         self.failing = [result for result in results if _bad(result, self.names)]
         self.passing = [result for result in results if not _bad(result, self.names)]

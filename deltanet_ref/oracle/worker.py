@@ -23,9 +23,9 @@ def main():
         array = setup["array"] or ("torch" if uses_torch(forward) else "numpy")
         runner = Callables(forward, backward, array=array, device=setup["device"], dtype=setup["dtype"])
     except InputError as error:
-        return reply(str(error))
+        return reply(error)
     except ImportError as error:
-        return reply(f"--array {setup['array']} cannot be used here: {error}")
+        return reply(InputError(f"--array {setup['array']} cannot be used here: {error}"))
     reply({"provenance": runner.provenance, "array": array})
     while True:
         try:
