@@ -356,6 +356,9 @@ def test_what_is_no_array_and_what_is_missing_everywhere_has_no_suspect():
     assert "no array" in report.cases[0].message
     report = judge(lambda *a, **k: (None, loop_forward(*a, **k)[1]), cases=cases)
     assert {result.status for result in report.cases} == {"MISSING"} and report.suspects == []
+    slots = judge(loop_forward, lambda *a, **k: (lambda dq, dk, dv, *rest: (dv, dk, dq, *rest))(*loop_backward(*a, **k)),
+                  cases=DENSE)
+    assert slots.suspects[0][0] == 32
     without_dS0 = judge(loop_forward, lambda *a, **k: loop_backward(*a, **k)[:5], cases=DENSE)
     assert without_dS0.suspects[0][0] == 14
 
@@ -453,6 +456,7 @@ def test_hanging_and_dying_callables_cost_only_their_case(capsys, tmp_path):
     ([f"{KERNELS}:loop_forward", "--cases", "delta/none"], "no case matches"),
     ([f"{KERNELS}:loop_forward", "--call", "q, k,, v"], "not a list of arguments"),
     ([f"{KERNELS}:loop_forward", "--call", "q, k, v, gate=gate"], "'gate'"),
+    ([f"{KERNELS}:loop_forward", "--returns", "S_end, final"], "--returns has 'final'"),
     ([f"{KERNELS}:loop_forward", "--timeout", "0"], "--timeout"),
     ([f"{KERNELS}:loop_forward", "--layout", "nobody's"], "invalid choice"),
     ([], "give one of"),

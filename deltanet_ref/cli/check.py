@@ -38,7 +38,8 @@ def add_arguments(parser):
     parser.add_argument("--cases", nargs="+", metavar="PATTERN", default=None,
                         help="case ids, shell patterns or groups (default delta); `vectors --list` lists them")
     parser.add_argument("--packed", action="store_true", help="without --cases, packed ones too: the callee takes cu_seqlens")
-    parser.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds for one case (default 20)")
+    parser.add_argument("--timeout", type=float, default=20.0, metavar="S",
+                        help="seconds for one case (default 20); an import may take 180")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     layout = parser.add_argument_group("the other side's conventions")
     layout.add_argument("--layout", choices=tuple(NAMES), help="a ready-made set of those below")

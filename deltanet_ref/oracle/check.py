@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from deltanet_ref.oracle.cases import make_inputs, select
-from deltanet_ref.oracle.compare import CaseResult, compare, of_backward
+from deltanet_ref.oracle.compare import CaseResult, compare, pipeline
 from deltanet_ref.oracle.generate import VERSION
 from deltanet_ref.oracle.layouts import Layout, cannot_express, put, take
 from deltanet_ref.oracle.noise import FACTOR
@@ -59,9 +59,9 @@ class Report:
     def flags(self):
         """The flags that fail clearly more often than the cases without them, the clearest first.
 
-        bf16-inputs is left out: it says what a case can be put to, not what it brings out.
+        bf16-inputs is left out: it says what a case can be put to, not what it brings out. Cases without an answer are.
         """
-        judged = [result for result in self.cases if result.status != "SKIP"]
+        judged = [result for result in self.cases if result.status in ("ok", *FAILED)]
         verdicts = []
         for flag in dict.fromkeys(flag for result in judged for flag in result.case.flags):
             inside = [result.status != "ok" for result in judged if flag in result.case.flags]
@@ -75,13 +75,9 @@ class Report:
         return sorted((v for v in verdicts if lift(v) > 0.25), key=lift, reverse=True)
 
     def first_stage(self):
-        """(output, CaseResult): the first bad output in pipeline order of the simplest failing case with an answer.
-
-        Where outputs are wrong in some cases and only gradients in others, of the former.
-        """
-        wrong = [result for result in self.cases if result.first_bad]
-        forward = [result for result in wrong if not of_backward(result.first_bad["output"])]
-        return next(((result.first_bad["output"], result) for result in forward or wrong), None)
+        """(output, CaseResult): of all that is wrong anywhere the first in pipeline order, and the simplest such case."""
+        wrong = [(result.first_bad["output"], result) for result in self.cases if result.first_bad]
+        return min(wrong, key=lambda stage: pipeline(stage[1].case.op).index(stage[0]), default=None)
 
     def summary(self):
         """One line: what passed, at which precision, which kit, and what really ran."""

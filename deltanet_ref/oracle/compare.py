@@ -16,17 +16,17 @@ STRICTLY_LOWER = ("dA", "dT")              # A and T are constant on the diagona
 FLOAT32_SHARE_OF_FLOAT64 = 2.0 ** -29                                      # ratio of the two unit roundoffs
 
 
+def pipeline(op):
+    """The names of an operator's outputs, gradients and intermediates, in the order in which a kernel makes them."""
+    return DELTA_PIPELINE if op == "gated_delta_rule" else (*OPERATORS[op].outputs, *OPERATORS[op].gradients)
+
+
 class Stage(NamedTuple):
     """One output of one case."""
     status: str               # ok, DIFF, SHAPE, MISSING, NONFINITE
     error: float              # multiple of the noise floor; inf when not finite, nan when it cannot be compared
     first_bad: dict | None    # sequence, chunk, token, head of the first bad element in pipeline order
     message: str = ""
-
-
-def of_backward(name):
-    """Whether an output or intermediate is made by the backward."""
-    return name.startswith("d")
 
 
 class CaseResult(NamedTuple):
@@ -63,10 +63,8 @@ def compare(case, expected, outputs, *, dtype, gradients):
     """
     op = OPERATORS[case.op]
     required = [*op.outputs, *(op.gradients if gradients else ())]
-    names = required
-    if case.op == "gated_delta_rule":
-        names = [name for name in DELTA_PIPELINE
-                 if name in required or (name in outputs and name in expected.values and name not in op.gradients)]
+    names = [name for name in pipeline(case.op)
+             if name in required or (name in outputs and name in expected.values and name not in op.gradients)]
     axes = {"S": "schff", "dS": "schff"} | op.outputs | op.gradients
     stages = {name: _stage(case, name, axes.get(name, "sthf"), outputs.get(name), expected, dtype) for name in names}
     status = next((stage.status for stage in stages.values() if stage.status != "ok"), "ok")
@@ -77,16 +75,16 @@ def _stage(case, name, axes, got, expected, dtype):
     want = expected.values[name]
     sampled = expected.sample is not None and axes[:2] == "st"
     if got is None:
-        return Stage("MISSING", np.nan, None, f"{name} is missing")
+        return Stage("MISSING", np.nan, None, "is missing")
     shape = full_shape(case, want, sampled)
     if shape == () and got.size == 1:
         got = got.reshape(())                                              # files keep a number as (1,)
     if got.shape != shape and name not in OPERATORS[case.op].gradients:
         got = _token_major(got, shape)
     if got.shape != shape:
-        return Stage("SHAPE", np.nan, None, f"{name} has shape {got.shape}; it must be {shape}")
+        return Stage("SHAPE", np.nan, None, f"has shape {got.shape}; it must be {shape}")
     if got.dtype.kind != "f":
-        return Stage("SHAPE", np.nan, None, f"{name} has dtype {got.dtype}; it must be a float type")
+        return Stage("SHAPE", np.nan, None, f"has dtype {got.dtype}; it must be a float type")
     if sampled:
         got = got[:, expected.sample]
     if name in STRICTLY_LOWER:
@@ -97,7 +95,7 @@ def _stage(case, name, axes, got, expected, dtype):
     worst = float(np.max(error, initial=0.0))
     if not bad.any():
         return Stage("ok", worst, None)
-    where = first_bad(bad, axes, case, expected.sample if sampled else None, backward=of_backward(name))
+    where = first_bad(bad, axes, case, expected.sample if sampled else None, backward=name.startswith("d"))
     return Stage("DIFF" if np.isfinite(got).all() else "NONFINITE", worst, where)
 
 

@@ -13,6 +13,7 @@ from deltanet_ref.errors import InputError
 from deltanet_ref.notation import value_to_key_head
 from deltanet_ref.ops.l2_norm import l2_norm_backward, l2_norm_forward
 from deltanet_ref.oracle.cases import make_inputs
+from deltanet_ref.oracle.chunk_by_chunk import BACKWARD, FORWARD
 from deltanet_ref.oracle.expected import compute, expected
 from deltanet_ref.oracle.operators import DELTA, in_dtype
 
@@ -68,6 +69,10 @@ def make_layout(name="own", **switches):
     for switch, values in SWITCHES.items():
         if getattr(layout, switch) not in values:
             raise InputError(f"--{switch} {getattr(layout, switch)} is unknown: use {' or '.join(values)}")
+    for option, text, names in (("returns", layout.returns, (*DELTA.outputs, *FORWARD)),
+                                ("gradients", layout.gradients, (*DELTA.gradients, *BACKWARD))):
+        if unknown := [name for name in returned(text, ()) if name not in (*names, "_")]:
+            raise InputError(f"--{option} has {unknown[0]!r}: use {' '.join(names)}, and _ for what is something else")
     for call in (layout.call, layout.backward_call):
         if call is not None:
             arguments(call)

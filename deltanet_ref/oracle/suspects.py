@@ -25,13 +25,14 @@ CHUNKS = (16, 32, 64, 128)    # tokens per chunk of the implementation: nobody t
 UNUSUAL_CHUNKS = (4, 8, 10, 20, 24, 40, 48, 80, 96, 100)      # tried when nothing fits with those
 LONGEST = 200                 # tokens of the cases that mutants are put to
 FIRST, FAILING, PASSING = 4, 10, 6                # failing cases for every mutant; cases for those that do well there
-LIKELY = 0.5                  # share of what is wrong that a suspect must explain
+LIKELY, SIZE_LIKELY = 0.5, 0.6                    # share of what is wrong that a suspect must explain
 ALWAYS = 0.75                 # share of an output that must be explained for it to count
 EXPLAINED = 0.05              # part of an error that may be left for it to be explained
 LARGEST = 2.0 ** 30           # noise floors up to which errors are compared
 AS_LARGE = 2.0                # bits by which errors of one mistake differ from maker to maker
 NEARLY = 0.85                 # of the cases with a property must fail for it to be the reason
 ROUNDING, ROUNDINGS = 2.0 ** -6, (18, 19, 34)     # relative error that rounding to bfloat16 can make; who rounds
+DECAYS = (5, 6)               # of strong decay: errors of any size
 PLACE = 0.45                  # score of a suspect whose place fits exactly, below those that numbers speak for
 
 
@@ -89,31 +90,39 @@ class _Failure:
         telling = _telling(self.failing, FAILING)
         cases = telling + _telling(self.passing, PASSING)
 
-        def rated(by, agreement, *first, chunks=CHUNKS):
+        def rated(by, agreement, *first, chunks=CHUNKS, likely=LIKELY):
             """The mutants that agree on all cases, if they do on the first ones."""
             for mistake in table:
                 edits = [edit for name in realisations for edit in _of_every_chunk(getattr(mistake, name), chunks)
-                         if mistake.by == by and all(agreement(edit, part) > LIKELY / 2 for part in first)]
+                         if mistake.by == by and all(agreement(edit, part) > likely / 2 for part in first)]
                 score = max((agreement(edit, cases) for edit in edits), default=0.0)
-                if score >= LIKELY:
+                if score >= likely:
                     yield score, mistake.bug, mistake.title
 
         first, rounding = (telling[:1], telling[:FIRST]), self.rounding()
         return (list(rated("value", self.same_numbers, *first))
                 or list(rated("value", self.same_numbers, *first, chunks=() if rounding else UNUSUAL_CHUNKS))
-                or list(rated("size", self.same_sizes))
-                or self.places({mistake.bug for mistake in table if mistake.bug in ROUNDINGS or not rounding}))
+                or self.backward and [(score, bug, f"{title}, but with the wrong sign or twice")
+                                      for score, bug, title in rated("value", self.opposite_numbers, *first)]
+                or list(rated("size", self.same_sizes, likely=SIZE_LIKELY))
+                or self.places({bug for bug in {26, *(mistake.bug for mistake in table)}      # 26 is the GPU's alone
+                                if bug in DECAYS or (bug in ROUNDINGS) == rounding}))
 
-    def same_numbers(self, edit, results):
+    def opposite_numbers(self, edit, results):
+        """The same with a path taken off twice: the gradient is linear in most paths, so it has the other sign."""
+        return self.same_numbers(edit, results, times=2)
+
+    def same_numbers(self, edit, results, times=1):
         """The part of what is wrong, here or there, that is the same in the mutant, in the mean over outputs.
 
         An output that is the same in some cases and not in others is not the mutant's, and counts as nothing.
+        times  the mutant's error counts so often
         """
         counts = {name: [] for name in self.names}
         for result in results:
             mutant = _answers(edit, result.case, self.layout, self.dtype)
             for name in self.names:
-                same, wrong = self.counts(result, name, mutant.get(name))
+                same, wrong = self.counts(result, name, mutant.get(name), times)
                 if wrong:
                     counts[name].append((same, wrong))
         parts = []
@@ -122,7 +131,7 @@ class _Failure:
             parts.append(part if part >= ALWAYS else 0.0)
         return float(np.mean(parts)) if parts else 0.0
 
-    def counts(self, result, name, theirs):
+    def counts(self, result, name, theirs, times):
         """How many elements are wrong here or in the mutant, and how many of them are the same: same, wrong."""
         right = result.expected.values[name]
         ours = result.outputs.get(name)
@@ -131,6 +140,8 @@ class _Failure:
             return right.size * (ours.shape == theirs.shape and np.allclose(ours, theirs, rtol=1e-3)), right.size
         if theirs.shape != right.shape:
             return 0, right.size
+        with np.errstate(invalid="ignore", over="ignore"):
+            theirs = right + times * (theirs - right) if times > 1 else theirs
         limit = FACTOR[self.dtype]
         error, its_error, apart = (noise_multiples(y, want, result.expected, name, self.dtype)
                                    for y, want in ((ours, right), (theirs, right), (ours, theirs)))
@@ -161,9 +172,8 @@ class _Failure:
         return all(stage.error * result.expected.floors[name][precision] < ROUNDING
                    for result in self.failing for name, stage in result.stages.items() if name in self.names)
 
-    def places(self, known):
-        """Suspects among the known numbers for where it fails: nearly always with a property of the case, never without.
-        """
+    def places(self, possible):
+        """Suspects of these numbers for where it fails: nearly always with a property of the case, never without."""
         found = []
         inputs = [make_inputs(result.case) for result in self.results]
         for bugs, title, has_it in self.properties():
@@ -171,13 +181,22 @@ class _Failure:
             for result, x in zip(self.results, inputs):
                 failed[bool(has_it(result.case, x))].append(_bad(result, self.names))
             if min(map(len, failed.values())) >= 2 and np.mean(failed[True]) > NEARLY and not any(failed[False]):
-                found += [(PLACE * float(np.mean(failed[True])), bug, title) for bug in bugs if bug in known]
+                found += [(PLACE * float(np.mean(failed[True])), bug, title) for bug in bugs if bug in possible]
         firsts = [stage.first_bad for result in self.failing for name, stage in result.stages.items()
                   if name in self.names and stage.first_bad]
         if firsts and all(place.get("sequence") for place in firsts):       # never None, never 0
-            bugs = {1 if result.case.options.get("lengths") else 15 for result in self.failing}
-            found += [(PLACE, bug, "only rows and sequences after the first are wrong") for bug in sorted(bugs)[::-1]]
+            bugs = {bug for result in self.failing for bug in ((1, 4) if result.case.options.get("lengths") else (15,))}
+            found += [(PLACE, bug, "only rows and sequences after the first are wrong")
+                      for bug in sorted(bugs & possible)[::-1]]
+        if any(self.shuffled(result) for result in self.failing):
+            found.append((1.0, 32, "the shapes are those of other outputs"))
         return found
+
+    def shuffled(self, result):
+        """Whether several shapes are wrong, and would be right in another order."""
+        names = [name for name in self.names if name in result.stages and result.stages[name].status == "SHAPE"]
+        shapes = ([x[name].shape for name in names] for x in (result.outputs, result.expected.values))
+        return len(names) > 1 and len(set(map(str, map(sorted, shapes)))) == 1
 
     def properties(self):
         """(numbers, title, property of a case and its inputs) that tell mistakes apart."""
@@ -187,7 +206,7 @@ class _Failure:
             yield FLAGS[flag].bugs, f"only cases with {flag} fail", lambda case, x, flag=flag: flag in case.flags
         for C in CHUNKS:
             yield (13,), f"only chunks of {C} that are not full fail", lambda case, x, C=C: case.sizes.get("L", C) % C
-            yield (29, 11), f"only cases of several chunks of {C} fail", lambda case, x, C=C: case.sizes.get("L", C) > C
+            yield (29, 4, 11), f"only cases of several chunks of {C} fail", lambda case, x, C=C: case.sizes.get("L", C) > C
 
 
 def _bad(result, names):

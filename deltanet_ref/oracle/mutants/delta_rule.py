@@ -60,6 +60,8 @@ C_DW = "dU, dW = dV_new, -dot(dV_new, _t(S))"
 C_DS = "dS = whole * dS + dot(_t(decay * Q), do) - dot(_t(W), dV_new)"
 C_DV = "dV = b * d_bV"
 C_DK_OF_W = "dK = dK + b * decay * d_bK"
+C_DT = "dT = np.tril(dot(dU, _t(b * V)) + dot(dW, _t(b * decay * K)))"
+C_DP = "dP = np.tril(dot(do, _t(V_new)))"
 C_DA = "dA = -np.tril(dot(_t(T), dot(dT, _t(T))), -1)"
 C_DK_OF_A = "dK = dK + dot(dgram + _t(dgram), K)"
 C_DBETA = "dbeta = (d_bV * V).sum(-1) + (d_bK * decay * K).sum(-1) + (dA * gram * Gamma).sum(-1)"
@@ -87,6 +89,7 @@ W_S = "decay_whole[chunk] * S[chunk] + _t(K_tail[chunk]) @ V_new[chunk]"
 W_TAIL, W_TAIL_K = "np.exp(gc[..., -1:] - gc).astype(K.dtype)[..., None]", "return to_end * K"
 W_DECAYS, W_DECAYS_BACK = "_decays(K, wy.gc)\n    S = np.empty", "_decays(K, wy.gc)\n    decay = decay_from"
 W_QK_BACK = "Q, K = (gather(x[:, args.key_head], chunks) for x in (args.q, args.k))\n    V, Beta, dO"
+W_D_SCORES = "dP = np.tril(dO @ _t(V_new))"
 W_DP, W_DPK = "dQK = dP * wy.Gamma", "dA_Gamma = dA * wy.Gamma"
 W_DV_NEW, W_DV_NEW_TAIL = "dV_new = _t(QK * wy.Gamma) @ dO", "dV_new[chunk] += K_tail[chunk] @ dS_after[chunk]"
 W_DS_READ = "dS_read = _t(decay * Q) @ dO"
@@ -334,6 +337,8 @@ BACKWARD = (
 
     Mistake(2, "one value head's gradient for its key head",
             rule((SHARED, "x[:, heads][:, -1]")), chunks(swap(C_SHARED, "+=", "="))),
+    Mistake(2, "the first value head's gradient for its key head",
+            rule((SHARED, "x[:, heads][:, 0]")), chunks((C_SHARED, f"{C_SHARED} * (h == list(heads).index(key_head))"))),
     Mistake(2, "the mean over the value heads of a key head",
             rule((SHARED, "x[:, heads].mean(1)")), chunks((C_SHARED, f"{C_SHARED} * x['k'].shape[2] / H_v"))),
 
@@ -384,6 +389,15 @@ BACKWARD = (
     Mistake(11, "dA without T on its left",
             chunks(swap(C_DA, "dot(_t(T), dot(dT, _t(T)))", "dot(dT, _t(T))")),
             wy_form((W_DA, "dA = -np.tril(dU @ _t(wy.U) + dW @ _t(wy.W), -1)"))),
+    Mistake(11, "dA without T on either side",
+            chunks(swap(C_DA, "dot(_t(T), dot(dT, _t(T)))", "dT")),
+            wy_form((W_DA, "dA = -np.tril(dU @ _t(beta[..., None] * v) + dW @ _t(beta[..., None] * decay * k), -1)"))),
+    Mistake(11, "dA without what comes through U",
+            chunks(swap(C_DT, "dot(dU, _t(b * V)) + ")), wy_form(swap(W_DA, "dX_U @ _t(wy.U) + "))),
+    Mistake(11, "dA without what comes through W",
+            chunks(swap(C_DT, " + dot(dW, _t(b * decay * K))")), wy_form(swap(W_DA, " + dX_W @ _t(wy.W)"))),
+    Mistake(11, "nothing through the scores",
+            chunks(put(C_DP, "0 * {0}")), wy_form(put(W_D_SCORES, "0 * {0}"))),
     Mistake(11, "dk of one side of the Gram matrix",
             chunks(swap(C_DK_OF_A, " + _t(dgram)")), wy_form(swap(W_DK_OF_A, " + _t(dGram)"))),
     Mistake(11, "dk without what it erases", rule((KEY_ERASES, "pass")),
@@ -410,6 +424,9 @@ BACKWARD = (
             rule(put(DECAY_GRADIENT, "{0} + ((v - error) * dv).sum(-1)"))),
     Mistake(11, "dg without the scores and A",
             chunks(swap(C_DGC, "pair.sum(-1) - pair.sum(-2) + ")), wy_form(swap(W_DG, "pair + pair_wy", "0 * pair"))),
+    Mistake(11, "dg without the scores",
+            chunks(swap(C_PAIR, "dP * P + ")), wy_form(swap(W_DG, "pair + pair_wy", "pair_wy"))),
+    Mistake(11, "dg without A", chunks(swap(C_PAIR, " + dA * A")), wy_form(swap(W_DG, "pair + pair_wy", "pair"))),
     Mistake(11, "dg without what is read",
             chunks(swap(C_DGC, "(decay * d_decay_Q * Q).sum(-1) + ")), wy_form(swap(W_DG, "row + row_wy", "row_wy"))),
     Mistake(11, "dg without W",
@@ -431,6 +448,8 @@ BACKWARD = (
     Mistake(14, "dS_end ignored", rule(becomes(BACK, dS_end="None")), chunks(becomes(C_END_BACK, dS_end="0 * {0}"))),
     Mistake(14, "dS0 lost", rule(returns(gradients="*gradients[:5], 0 * gradients[5]")),
             chunks(put(C_START_BACK, "0 * {0}"))),
+    Mistake(14, "dS_end returned as dS0",
+            rule(swap(START_BACK, "= dS", "= dS_end[n]")), chunks((C_START_BACK, 'out["dS0"] = x["dS_end"]'))),
     Mistake(14, "dS0 is the gradient after the first token",
             rule((TOKEN_BACK, f"after = dS\n            {TOKEN_BACK}"), swap(START_BACK, "= dS", "= after")),
             tokens((C_DS, f"after = dS\n        {C_DS}"), swap(C_START_BACK, "= dS", "= after"))),

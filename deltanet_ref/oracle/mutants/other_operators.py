@@ -239,6 +239,10 @@ BACKWARD = (
             loss(swap(ROWS_BACK, " / count"), swap(LABEL_BACK, " / count")),
             loss(becomes(LOSS_BACK, dloss='{0} * max((x["labels"] >= 0).sum(), 1)'))),
 
+    Mistake(35, "the gradient of a mean over all rows",
+            loss(swap(ROWS_BACK, "count", "len(labels)"), swap(LABEL_BACK, "count", "len(labels)")),
+            loss(becomes(LOSS_BACK, dloss='{0} * max((x["labels"] >= 0).sum(), 1) / len(x["labels"])'))),
+
     Mistake(24, "the adapter's factors have no gradient",
             lora(put(A_BACK, "0 * {0}"), put(B_BACK, "0 * {0}")),
             lora((LORA_BACK, f"{LORA_BACK}\n    da, db = 0 * da, 0 * db"))),
