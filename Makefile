@@ -1,4 +1,4 @@
-# make demo        set up, then adapt the embedded model to a dialect (40 seconds on two cores)
+# make demo        set up, then adapt the embedded model to a dialect (less than a minute on two cores)
 # make test        set up, then all tests but those against other software (no torch)
 # make fuzz        set up, then 10,000 damaged files for every reader, guided by the code that they reach (Linux)
 # make vectors     set up, then make the conformance vectors anew from the definition, and check them

@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-SIZES = {"B1 L2048, 16/16 heads, d 128": dict(L=2048, H_k=16, H_v=16),
+LENGTHS = 256, 512, 1024, 2048, 4096, 8192                      # of the picture
+SIZES = {**{f"B1 L{L}, 16/16 heads, d 128": dict(L=L, H_k=16, H_v=16) for L in LENGTHS},
          "B1 L1024, 16/32 heads, d 128": dict(L=1024, H_k=16, H_v=32),
          "64 packed sequences of 32, 16/16 heads, d 128": dict(L=2048, H_k=16, H_v=16, sequences=64),
          "B1 L2048, 2/2 heads, d 128": dict(L=2048, H_k=2, H_v=2)}
@@ -52,6 +53,7 @@ def main():
     (RESULTS / "delta_rule.json").write_text(json.dumps(record, indent=1) + "\n")
     table = markdown(record)
     (RESULTS / "delta_rule.md").write_text(table)
+    draw(record, RESULTS / "delta_rule.svg")
     print(table)
 
 
@@ -202,6 +204,26 @@ def markdown(record):
                      f"{row['median_ms'] / ours['median_ms']:.1f} x | {row['extra_MiB']:.0f} | "
                      f"{ours['extra_MiB'] / row['extra_MiB']:.2f} of it |")
     return "\n".join(lines) + "\n"
+
+
+def draw(record, path):
+    """Time and memory of forward + backward as the sequence grows, in a file. Without matplotlib: nothing."""
+    if not importlib.util.find_spec("matplotlib"):
+        return
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("median_ms", "extra_MiB"), ("ms", "extra MiB")):
+        for engine in dict.fromkeys(row["engine"] for row in record["rows"]):
+            points = [(SIZES[row["size"]]["L"], row[key]) for row in record["rows"]
+                      if row["engine"] == engine and row["work"] == "forward + backward"
+                      and row["size"].endswith("16/16 heads, d 128") and row["size"].startswith("B1")]
+            axes.plot(*zip(*points), marker="o", label=engine)
+        axes.set(xlabel="tokens", ylabel=f"{label}, forward + backward", yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(LENGTHS, map(str, LENGTHS))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

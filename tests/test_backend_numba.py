@@ -448,24 +448,6 @@ def test_arrays_that_may_only_be_read_are_accepted():
 
 # ---- the whole model
 
-@pytest.fixture
-def on_numba(monkeypatch):
-    monkeypatch.setattr(dr, "load_model", functools.partial(dr.load_model, backend="numba"))
-
-
-@pytest.mark.parametrize("name", test_model.MODELS)
-def test_the_model_on_this_backend_equals_hf_and_llama_cpp(on_numba, name):
-    """Committed numbers of other people, at the tolerances of tests/test_model.py."""
-    assert dr.load_model(test_model.gguf(name)).backend is nb
-    for source, dtype in ((test_model.hf, "float64"), (test_model.gguf, "float32")):
-        test_model.test_logits_hidden_states_and_loss_equal_hf(name, source, dtype)
-        test_model.test_right_padding_changes_nothing(name, source, dtype)
-    test_model.test_gradient_of_every_parameter_equals_hf(name, test_model.hf, test_model.STORED32)
-    test_model.test_gradients_of_an_adapter_equal_peft(name, test_model.hf, test_model.STORED32)
-    test_model.test_greedy_continuations_equal_llama_cpp(name)
-    test_model.test_prefill_then_steps_equals_the_full_forward(name, 65)
-
-
 def test_gradients_in_float32_are_those_of_ops_to_its_noise():
     """Every parameter of a model, both backends in float32 against ops in float64. Measured: our error is 1.2 times
     that of ops in the middle, and up to 3.3 times for a single tensor."""

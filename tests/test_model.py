@@ -12,6 +12,7 @@ from tests.paths import FIXTURES
 
 MODELS = ("eq", "grouped")
 every_model = pytest.mark.parametrize("name", MODELS)
+every_backend = pytest.mark.parametrize("backend", ["numpy", "numba"])
 SEQUENCES = ("t1", "t7", "t64", "t65", "t200")
 
 
@@ -48,10 +49,11 @@ def tolerances(source, dtype, case):
     return (STORED64 if case in ("t1", "t7") else STORED32), STORED64
 
 
+@every_backend
 @every_model
 @pytest.mark.parametrize("source, dtype", [(hf, "float64"), (gguf, "float64"), (gguf, "float32"), (hf, "float32")])
-def test_logits_hidden_states_and_loss_equal_hf(name, source, dtype):
-    model, gold = dr.load_model(source(name), dtype=dtype), golden(name)
+def test_logits_hidden_states_and_loss_equal_hf(backend, name, source, dtype):
+    model, gold = dr.load_model(source(name), backend=backend, dtype=dtype), golden(name)
     for case in SEQUENCES:
         ids, (tolerance, loss_tolerance) = tokens(name, case), tolerances(source, dtype, case)
         logits = model.logits(ids)
@@ -66,10 +68,11 @@ def test_logits_hidden_states_and_loss_equal_hf(name, source, dtype):
             assert relative(h[0], gold[f"{case}/{key}"]) < tolerance, (case, key)
 
 
+@every_backend
 @every_model
 @pytest.mark.parametrize("source, dtype", [(hf, "float64"), (gguf, "float32")])
-def test_right_padding_changes_nothing(name, source, dtype):
-    model, gold = dr.load_model(source(name), dtype=dtype), golden(name)
+def test_right_padding_changes_nothing(backend, name, source, dtype):
+    model, gold = dr.load_model(source(name), backend=backend, dtype=dtype), golden(name)
     ids, labels, lengths = padded_batch(gold)
     tolerance, loss_tolerance = tolerances(source, dtype, "b2")
     logits = model.logits(ids, lengths=lengths)
@@ -90,10 +93,11 @@ def in_gguf_form(name, gradient, spec, config, ssm_a):
     return moved / ssm_a if spec.value == "minus_exp" else moved
 
 
+@every_backend
 @every_model
 @pytest.mark.parametrize("source, tolerance", [(hf, STORED32), (gguf, FROM_GGUF_GRADS)])
-def test_gradient_of_every_parameter_equals_hf(name, source, tolerance):
-    model, gold = dr.load_model(source(name), dtype="float64"), golden(name, "hf_grads")
+def test_gradient_of_every_parameter_equals_hf(backend, name, source, tolerance):
+    model, gold = dr.load_model(source(name), backend=backend, dtype="float64"), golden(name, "hf_grads")
     ids = tokens(name, "t65")
     _, grads = model.loss_and_grads(ids, ids)
     specs = expected_tensors(model.config)
@@ -105,10 +109,11 @@ def test_gradient_of_every_parameter_equals_hf(name, source, tolerance):
     assert len(specs) == sum(key.startswith("t65/grad/model.") or "lm_head" in key for key in gold.files)
 
 
+@every_backend
 @every_model
 @pytest.mark.parametrize("source, tolerance", [(hf, STORED32), (gguf, FROM_GGUF_GRADS)])
-def test_gradients_of_an_adapter_equal_peft(name, source, tolerance):
-    model, gold = dr.load_model(source(name), dtype="float64"), golden(name, "hf_lora_grads")
+def test_gradients_of_an_adapter_equal_peft(backend, name, source, tolerance):
+    model, gold = dr.load_model(source(name), backend=backend, dtype="float64"), golden(name, "hf_lora_grads")
     model.attach(dr.load_adapter(FIXTURES / name / "lora.gguf", model))
     by_hf_name = {spec.hf_name: spec for spec in expected_tensors(model.config).values()}
     compared = 0
@@ -131,10 +136,11 @@ def test_gradients_of_an_adapter_equal_peft(name, source, tolerance):
     assert compared >= 2 * 62
 
 
+@every_backend
 @every_model
 @pytest.mark.parametrize("dtype, tolerance", [("float64", FROM_GGUF), ("float32", FLOAT32)])
-def test_logits_with_an_adapter_equal_peft_at_both_scales(name, dtype, tolerance):
-    model, gold = dr.load_model(gguf(name), dtype=dtype), golden(name, "hf_lora")
+def test_logits_with_an_adapter_equal_peft_at_both_scales(backend, name, dtype, tolerance):
+    model, gold = dr.load_model(gguf(name), backend=backend, dtype=dtype), golden(name, "hf_lora")
     adapter = dr.load_adapter(FIXTURES / name / "lora.gguf", model)
     for prefix, scale in (("", 1.0), ("half/", 0.5)):
         model.attach(adapter, scale=scale, name="fixture")
@@ -146,18 +152,20 @@ def test_logits_with_an_adapter_equal_peft_at_both_scales(name, dtype, tolerance
     assert relative(model.logits(tokens(name, case))[0], golden(name)[f"{case}/logits"]) < tolerance
 
 
+@every_backend
 @pytest.mark.parametrize("file", ["q8_0", "Q4_K_M"])
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 3e-7), ("float32", 2e-5)])
-def test_quantised_models_equal_hf_on_the_dequantised_values(file, dtype, tolerance):
+def test_quantised_models_equal_hf_on_the_dequantised_values(backend, file, dtype, tolerance):
     """float32: its noise floor on this model, 3e-6, times six."""
     gold = np.load(FIXTURES / "quant" / "golden.npz")
-    model = dr.load_model(FIXTURES / "quant" / f"quant-{file}.gguf", dtype=dtype)
+    model = dr.load_model(FIXTURES / "quant" / f"quant-{file}.gguf", backend=backend, dtype=dtype)
     assert relative(model.logits(gold["t33"][None])[0], gold[f"{file}/hf_f64_dequantised/t33"]) < tolerance
 
 
+@every_backend
 @every_model
-def test_greedy_continuations_equal_llama_cpp(name):
-    model = dr.load_model(gguf(name))
+def test_greedy_continuations_equal_llama_cpp(backend, name):
+    model = dr.load_model(gguf(name), backend=backend)
     greedy = json.loads((FIXTURES / name / "golden" / "llama_greedy.json").read_text())["f32/base/"]
     followed = 0
     for case, theirs in greedy.items():
@@ -172,12 +180,13 @@ def test_greedy_continuations_equal_llama_cpp(name):
     assert followed > 20
 
 
+@every_backend
 # ---- one run against another
 
 @every_model
 @pytest.mark.parametrize("split", [1, 3, 64, 65, 199])
-def test_prefill_then_steps_equals_the_full_forward(name, split):
-    model, ids = dr.load_model(gguf(name), dtype="float64"), tokens(name, "t200")[0]
+def test_prefill_then_steps_equals_the_full_forward(backend, name, split):
+    model, ids = dr.load_model(gguf(name), backend=backend, dtype="float64"), tokens(name, "t200")[0]
     full = model.logits(ids[None])[0]
     logits, state = model.prefill(ids[:split])
     assert relative(logits, full[split - 1]) < 1e-12

@@ -10,12 +10,12 @@ BACKENDS = {"numpy": "deltanet_ref.ops", "numba": "deltanet_ref.backends.numba_c
 
 def get_backend(name):
     """The operators of a backend: "numpy" (deltanet_ref.ops itself), "numba" (kernels for the CPU, compiled when first
-    used), or "auto", which is numpy in this version.
+    used), or "auto", which is numba.
 
     Raises InputError for a backend that this version does not have.
     """
     if name == "auto":
-        name = "numpy"
+        name = "numba"
     if name not in BACKENDS:
         raise InputError(f"backend {name!r} is not in this version; use one of {', '.join(BACKENDS)} or auto")
     return import_module(BACKENDS[name])

@@ -7,6 +7,7 @@ Tasks never add to the same sum, so results do not depend on who computes what.
 """
 import math
 import os
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import carray, config, from_dtype, njit, types
-from numba.core import cgutils
+from numba.core import cgutils, event
 from numba.extending import intrinsic, overload
 
 from deltanet_ref.errors import InputError
@@ -36,6 +37,21 @@ SHARED_SOURCE = "_%08x" % zlib.crc32(b"".join(file.read_bytes() for file in SHAR
 # a larger one. So here is one; without it, 6 ms of a token after a short prompt (0.8B) go there.
 np.empty(31 << 20, np.uint8)
 
+
+class _FirstCompilation(event.Listener):
+    """Tells on a terminal why the first run takes its time; kernels that are loaded from __pycache__ are no event."""
+    told = False
+
+    def on_start(self, event):
+        if not self.told and sys.stderr.isatty():
+            print("Compiling kernels for this machine, once: some 20 seconds ...", file=sys.stderr, flush=True)
+        self.told = True
+
+    def on_end(self, event):
+        pass
+
+
+event.register("numba:compile", _FirstCompilation())
 number_of_threads = config.NUMBA_NUM_THREADS       # the environment's NUMBA_NUM_THREADS, or one for each core
 
 
