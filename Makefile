@@ -1,6 +1,6 @@
 # make demo        set up, then adapt the embedded model to a dialect (less than a minute on two cores)
 # make test        set up, then all tests but those against other software (no torch)
-# make fuzz        set up, then 10,000 damaged files for every reader, guided by the code that they reach (Linux)
+# make fuzz        set up, then 10,000 damaged files of each of eight kinds, guided by the code that they reach (Linux)
 # make vectors     set up, then make the conformance vectors anew from the definition, and check them
 # make test-peers  set up an environment with torch, HF, PEFT and llama.cpp, then compare live
 

@@ -187,7 +187,8 @@ def versions():
 def commit():
     def git(*args):
         return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno", "--", ":!bench/results") else "")
+    changed = git("status", "--porcelain", "-uno", "--", ":!bench/results")
+    return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
 
 
 def markdown(record):

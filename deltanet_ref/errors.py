@@ -14,4 +14,9 @@ class InputError(ValueError):
         text = " ".join(str(text).split())
         if len(text) > LONGEST:
             text = f"{text[:LONGEST // 2]} ... {text[-LONGEST // 2:]}"
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+        super().__init__(printable(text))
+
+
+def printable(text):
+    """The text with escapes for what cannot be printed: a name from a file must not control the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

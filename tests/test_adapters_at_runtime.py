@@ -1,6 +1,7 @@
 """Adapters switched between requests, and what their metadata asks of generate."""
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
 import deltanet_ref as dr
 from deltanet_ref.cli.main import main
@@ -126,6 +127,32 @@ def test_two_activated_loras_at_once_are_refused(model):
         model.attach(adapter(model, invocation_tokens=tokens))
     with pytest.raises(InputError, match="2 activated LoRAs"):
         dr.generate(model, PROMPT)
+
+
+def test_train_writes_the_metadata_that_it_is_given_and_no_other(tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text('{"text": "Say: a ship left the harbour"}\n')
+    train = ["train", str(BASE), str(tmp_path / "data.jsonl"), "--rank", "1", "--steps", "1", "-o"]
+    assert main([*train, str(tmp_path / "a.gguf"), "--task-name", "harbours", "--prompt-prefix", "Say: "]) == 0
+    assert main([*train, str(tmp_path / "b.gguf")]) == 0
+    fields = [{f.name: f.contents() for f in GGUFReader(tmp_path / f"{name}.gguf").fields.values()} for name in "ab"]
+    assert fields[0].pop("adapter.lora.task_name") == "harbours"
+    assert fields[0].pop("adapter.lora.prompt_prefix") == "Say: "
+    assert fields[0].keys() == fields[1].keys()
+    capsys.readouterr()
+    assert main(["generate", str(BASE), "--adapter", str(tmp_path / "a.gguf"), "-p", "a ship", "--max-tokens", "3",
+                 "--temperature", "0"]) == 0
+    out = capsys.readouterr().out
+    assert main(["generate", str(BASE), "--adapter", str(tmp_path / "b.gguf"), "-p", "Say: a ship", "--max-tokens", "3",
+                 "--temperature", "0"]) == 0
+    assert out == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", ["a.gguf", "peft"])
+def test_a_text_that_is_no_unicode_is_refused_and_nothing_left(output, tmp_path, capsys):
+    """As Python hands over a byte of the command line that is no UTF-8."""
+    assert main(["convert", str(LORA), "-o", str(tmp_path / output), "--base", str(BASE), "--task-name",
+                 "a \udcff"]) == 2
+    assert "lone surrogate at character" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_command_line_respects_the_prefix_in_a_chat_too(model, tmp_path, capsys):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from deltanet_ref.cli.model import losses_by_type, refuse_input_as_output
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, printable
 
 PREFIXES = ("model.", "model.language_model.")
 
@@ -38,10 +38,22 @@ def add_arguments(parser):
                          help="leave out what is no plain LoRA: dora, modules_to_save, bias, conv1d, A_log, ...")
     adapter.add_argument("--prefix", choices=PREFIXES, default=PREFIXES[0], metavar="PATH",
                          help=f"of the modules in a PEFT directory: {' (default) or '.join(PREFIXES)}")
-    adapter.add_argument("--task-name", metavar="TEXT", help="stored in the adapter: what it is for")
-    adapter.add_argument("--prompt-prefix", metavar="TEXT", help="stored in the adapter: put before every prompt")
+    add_metadata_arguments(adapter)
     adapter.add_argument("--invocation", metavar="TEXT",
                          help="make it an activated LoRA, which acts from this text in the prompt on")
+
+
+def add_metadata_arguments(parser):
+    """What an adapter is told to carry, the same for convert and train; given_metadata reads it."""
+    parser.add_argument("--task-name", metavar="TEXT", help="stored in the adapter: what it is for")
+    parser.add_argument("--prompt-prefix", metavar="TEXT",
+                        help="stored in the adapter: generate puts it before every prompt (training data is taken as "
+                             "it is)")
+
+
+def given_metadata(args):
+    """task_name and prompt_prefix, those that were given: a dict for Adapter.metadata."""
+    return {name: text for name in ("task_name", "prompt_prefix") if (text := getattr(args, name))}
 
 
 def run(args):
@@ -89,11 +101,11 @@ def convert_adapter(args):
     ensure_writable(args.output) if to_gguf else ensure_new_directory(args.output)
     drop = [name.strip() for name in args.drop.split(",") if name.strip()]
     adapter = open_adapter(args.source, read_config(args.base), np.float64, drop)
-    given = {"task_name": args.task_name, "prompt_prefix": args.prompt_prefix,
-             "invocation_tokens": args.invocation and load_tokenizer(args.base).encode(args.invocation)}
-    adapter.metadata |= {name: value for name, value in given.items() if value}
+    adapter.metadata |= given_metadata(args)
+    if args.invocation:
+        adapter.metadata["invocation_tokens"] = load_tokenizer(args.base).encode(args.invocation)
     for note in adapter.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     kind = args.type or "kept"
     if to_gguf:
         adapter.save_gguf(args.output, kind)

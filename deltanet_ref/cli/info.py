@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+from deltanet_ref.errors import printable
+
 EPILOG = """\
 example:
   deltanet-ref info Qwen3.5-0.8B-Q8_0.gguf
@@ -37,7 +39,7 @@ def run(args):
     if args.tensors:
         print("tensors:")
         for tensor in facts["tensors"]:
-            print(f"  {tensor['name']:34} {tensor['type']:8} {' x '.join(map(str, tensor['shape']))}")
+            print(f"  {printable(tensor['name']):34} {tensor['type']:8} {' x '.join(map(str, tensor['shape']))}")
 
 
 def describe(path):
@@ -104,7 +106,7 @@ def text(value):
     if isinstance(value, dict):
         return ", ".join(f"{item:,} {name}" for name, item in value.items())
     if isinstance(value, list):
-        return "; ".join(map(str, value)) or "none"
+        return printable("; ".join(map(str, value)) or "none")
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else printable(str(value))

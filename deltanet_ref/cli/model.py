@@ -4,7 +4,7 @@ import os
 import sys
 
 from deltanet_ref.backends import BACKENDS
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, printable
 from deltanet_ref.model.weights import MODES
 
 
@@ -32,12 +32,12 @@ def load(args):
 
     model = dr.load_model(args.model, backend=args.backend, dtype=args.dtype, weights=args.weights)
     for note in model.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     for spec in getattr(args, "adapter", []):
         path, scale = split_scale(spec)
         adapter = dr.load_adapter(path, model)
         for note in adapter.notes:
-            print(f"note: {path}: {note}", file=sys.stderr)
+            print(f"note: {path}: {printable(note)}", file=sys.stderr)
         model.attach(adapter, scale=scale)
     if model.tokenizer is None:
         raise InputError(f"{args.model}: has no tokenizer; convert the model with its tokenizer files beside it")

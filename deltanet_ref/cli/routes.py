@@ -1,7 +1,8 @@
 """deltanet-ref routes: quantise under an adapter, after merging it, or before training it?"""
+from argparse import Namespace
 from pathlib import Path
 
-from deltanet_ref.cli.model import add_model_arguments, limit_threads, split_scale
+from deltanet_ref.cli.model import add_model_arguments, load, split_scale
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import atomic_directory, ensure_new_directory
 
@@ -37,8 +38,6 @@ def add_arguments(parser):
 
 
 def run(args):
-    limit_threads(args.threads)
-    import deltanet_ref as dr
     from deltanet_ref.train.data import encode_dataset, read_dataset
     from deltanet_ref.train.lora import TrainOptions
     from deltanet_ref.train.report import Console, load_matplotlib
@@ -48,19 +47,21 @@ def run(args):
     ensure_new_directory(args.output)
     path, scale = split_scale(args.adapter_file)
     options = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "seed")}
-    TrainOptions(**options)         # before any work
     rows = [row for split in read_dataset(args.data).values() for row in split]
-    if args.train and Path(args.train).resolve() == Path(args.data).resolve():
-        raise InputError(f"{args.train}: is DATA too: the loss of what was trained on says little, give two files")
+    TrainOptions(**options)         # what is wrong with the training is told before any work
+    if args.train:
+        if Path(args.train).resolve() == Path(args.data).resolve():
+            raise InputError(f"{args.train}: is DATA too: the loss of what was trained on says little, give two files")
+        read_dataset(args.train)
 
-    def load(path):
-        return dr.load_model(path, backend=args.backend, dtype=args.dtype, weights=args.weights)
+    def load_one(path):
+        return load(Namespace(**vars(args) | {"model": path}))
 
     def examples(model):
         return encode_dataset(rows, model.tokenizer, seq_len=model.config.max_position_embeddings)
 
     with atomic_directory(args.output) as directory:
-        routes = compare_routes(load, args.model, path, scale, examples, directory, type=args.type,
+        routes = compare_routes(load_one, args.model, path, scale, examples, directory, type=args.type,
                                 training=args.train, console=Console(), **options)
         table = as_markdown(routes)
         (directory / "routes.md").write_text(table, "utf-8")

@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from deltanet_ref.cli.convert import add_metadata_arguments, given_metadata
 from deltanet_ref.cli.model import add_model_arguments, load, refuse_input_as_output
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import ensure_writable
@@ -41,6 +42,7 @@ def add_arguments(parser):
                         help="the update counts alpha / rank times (default: twice the rank)")
     parser.add_argument("--targets", metavar="NAME,...",
                         help="tensors to adapt, such as attn_qkv,ffn_up (default: all linear ones)")
+    add_metadata_arguments(parser)
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the loss curve there (needs matplotlib)")
     for option in fields(TrainOptions):
         kind, text = option.metadata["type"], option.metadata["help"]
@@ -63,6 +65,7 @@ def run(args):
 
     alpha = 2.0 * args.rank if args.alpha is None else args.alpha
     adapter = new_adapter(model, rank=args.rank, alpha=alpha, targets=args.targets, seed=options.seed)
+    adapter.metadata |= given_metadata(args)
     splits = prepare(rows, model, options)
 
     report = run_training(model, adapter, splits, options, Console(), save=lambda: adapter.save_gguf(args.output))

@@ -90,6 +90,15 @@ def read_text(path):
         raise InputError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from e
 
 
+def utf8(text):
+    """The UTF-8 bytes of a text. Raises InputError for a lone surrogate, which JSON or a command line may bring."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as e:
+        part = text[max(e.start - 20, 0):e.start + 20]
+        raise InputError(f"the text has a lone surrogate at character {e.start}, in {part!r}: remove it") from e
+
+
 def read_json(path):
     """The JSON object in a file, a dict. Raises InputError."""
     return parse_json(path, read_text(path))

@@ -21,7 +21,7 @@ import numpy as np
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from deltanet_ref.errors import InputError
-from deltanet_ref.formats.files import atomic_write
+from deltanet_ref.formats.files import atomic_write, utf8
 from deltanet_ref.formats.quants import stored_bytes
 
 MAGIC = b"GGUF"
@@ -301,7 +301,7 @@ def _checked(name, raw, kind, shape):
 
 
 def _packed_string(text):
-    raw = text.encode()
+    raw = utf8(text)
     return LENGTH.pack(len(raw)) + raw
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from deltanet_ref.errors import InputError
-from deltanet_ref.formats.files import atomic_write, parse_json, read_json
+from deltanet_ref.formats.files import atomic_write, parse_json, read_json, utf8
 
 DTYPES = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "I32": "<i4", "BF16": "<u2", "F16": "<f2", "I16": "<i2", "I8": "i1",
           "U8": "u1", "BOOL": "?"}      # the library writes tensors in this order of their dtypes: all stay aligned
@@ -115,7 +115,7 @@ def write_safetensors(path, tensors, metadata=None):
     for name, (_, dtype, shape) in stored.items():
         start, end = end, end + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = utf8(json.dumps(header, separators=(",", ":"), ensure_ascii=False))
     text += b" " * (-len(text) % 8)
     with atomic_write(path) as temporary, open(temporary, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)

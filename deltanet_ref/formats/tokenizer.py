@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from deltanet_ref.errors import InputError
-from deltanet_ref.formats.files import read_json, read_text
+from deltanet_ref.formats.files import read_json, read_text, utf8
 from deltanet_ref.formats.gguf import StringArray, read_gguf
 
 # Pre-tokenizers by GGUF name; the regex is the one in the model's tokenizer.json.
@@ -129,10 +129,7 @@ class Tokenizer:
         """
         if normalize not in NORMALIZERS:
             raise InputError(f"normalize={normalize!r} is unknown: use 'NFC' (as HF) or None (as llama.cpp)")
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:
-            raise InputError(f"the text has a lone surrogate at character {e.start}: remove it") from e
+        utf8(text)          # refuses what has none
         ids = []
         for i, piece in enumerate(self._whole[bool(parse_special)].split(text)):
             if i % 2:       # re.split puts what the pattern matched at the odd places

@@ -76,7 +76,7 @@ class Config:
         if not 0 < self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
             problems.append(f"{self.rotary_dim} of {self.head_dim} features per head are rotated: the number must be "
                             "even and at most head_dim")
-        if len(self.mrope_section) != 3 or not all(_whole(n) and n >= 0 for n in self.mrope_section):
+        if len(self.mrope_section) != 3 or not all(_whole(n) and 0 <= n < 2 ** 31 for n in self.mrope_section):
             problems.append(f"mrope_section is {list(self.mrope_section)}, it must be three counts")
         if len(self.layer_types) != self.num_hidden_layers:
             problems.append(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")

@@ -127,7 +127,8 @@ def to_gguf_form(x, spec, config):
     if spec.value == "one_plus":
         x = 1 + x
     elif spec.value == "minus_exp":
-        x = -np.exp(x)
+        with np.errstate(over="ignore"):        # a decay to nothing at once
+            x = -np.exp(x)
     elif spec.value == "squeeze":
         x = x[:, 0, :]
     if spec.v_heads is None or config.linear_num_key_heads == config.linear_num_value_heads:

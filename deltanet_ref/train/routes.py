@@ -1,4 +1,4 @@
-"""Ways from a base and an adapter to a small model, by their loss: quantise under the adapter, after it, or before it."""
+"""Ways from a base and an adapter to a small model, by their loss: quantise under the adapter, after or before it."""
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,8 @@ def compare_routes(load, base, adapter, scale, examples, directory, *, type, tra
     type       of model.convert.CHOICES
     training   data for train, or None to leave the last way out; the adapter has the (largest) rank, the alpha and the
                targets of the given one. options: those of train
-    returns    list of Route. Raises InputError, and Diverged by the training
+    returns    list of Route, in that order
+    raises     InputError, Diverged by the training, KeyboardInterrupt where Ctrl-C ended it
     """
     console, routes = console or Silent(), []
 
@@ -49,14 +50,15 @@ def compare_routes(load, base, adapter, scale, examples, directory, *, type, tra
     given = load_adapter(adapter, whole)
     if "invocation_tokens" in given.metadata:
         raise InputError(f"{adapter}: is an activated LoRA, which cannot be merged: there is nothing to compare")
-    paths = {name: Path(directory) / f"{name}-{type}.gguf" for name in ("base", "merged", "trained")}
-    write_base(open_base(base), paths["base"], type)
-    merge(base, [(adapter, scale)], paths["merged"], type)
-
     kind = Counter(whole.weights.stored_type(target).name for target in given.targets).most_common(1)[0][0].lower()
     measure(f"{kind} base", whole)
     whole.attach(given, scale)
     measure(f"{kind} base + adapter", whole, given)
+    del whole
+
+    paths = {name: Path(directory) / f"{name}-{type}.gguf" for name in ("base", "merged", "trained")}
+    write_base(open_base(base), paths["base"], type)
+    merge(base, [(adapter, scale)], paths["merged"], type)
     quantised = load(paths["base"])
     measure(f"{type} base", quantised)
     name = quantised.attach(load_adapter(adapter, quantised), scale)
@@ -66,7 +68,8 @@ def compare_routes(load, base, adapter, scale, examples, directory, *, type, tra
     if training is not None:
         rank = max(map(given.rank, given.targets))
         trained = new_adapter(quantised, rank, given.alpha, given.targets, options.get("seed", 0))
-        train(quantised, trained, training, console=console, **options)
+        if train(quantised, trained, training, console=console, **options).interrupted:
+            raise KeyboardInterrupt
         trained.save_gguf(paths["trained"])
         measure(f"{type} base + adapter trained on it", quantised, trained)
     return routes
@@ -75,8 +78,9 @@ def compare_routes(load, base, adapter, scale, examples, directory, *, type, tra
 def as_markdown(routes):
     """A table; the last column is the loss against that of the second route, which loses nothing by quantisation."""
     rows = [("route", "loss, nats per token", "bits per byte", "MB", "against unquantised")]
+    unquantised = routes[1].evaluation.loss
     rows += [(route.name, f"{route.evaluation.loss:.4f}", f"{route.evaluation.bits_per_byte:.4f}",
-              f"{route.bytes / 1e6:.2f}", f"{route.evaluation.loss - routes[1].evaluation.loss:+.4f}") for route in routes]
+              f"{route.bytes / 1e6:.2f}", f"{route.evaluation.loss - unquantised:+.4f}") for route in routes]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
@@ -84,14 +88,17 @@ def as_markdown(routes):
 
 
 def save_plot(routes, path):
-    """A bar for each route, as long as its loss, with the unquantised adapter's as a line (matplotlib, PNG)."""
-    figure = load_matplotlib()(figsize=(8, 0.6 + 0.5 * len(routes)), layout="constrained")
-    axes = figure.add_subplot(xlabel="loss (nats per token)")
-    losses = [route.evaluation.loss for route in routes]
-    bars = axes.barh([route.name for route in routes], losses, height=0.6, color="tab:blue")
-    axes.bar_label(bars, [f"{loss:.4f}" for loss in losses], padding=3)
-    axes.axvline(losses[1], color="black", lw=1, ls=":")
+    """A bar for each way to a small adapted model: its loss above that of the second route (matplotlib, PNG)."""
+    base, adapted, _, *small = routes
+    figure = load_matplotlib()(figsize=(8, 1.4 + 0.5 * len(small)), layout="constrained")
+    axes = figure.add_subplot(
+        title=f"{adapted.name}: {adapted.evaluation.loss:.4f} nats per token (without it {base.evaluation.loss:.4f})",
+        xlabel=f"loss above that of {adapted.name} (nats per token)")
+    above = [route.evaluation.loss - adapted.evaluation.loss for route in small]
+    bars = axes.barh([f"{route.name}\n{route.bytes / 1e6:.2f} MB" for route in small], above, height=0.6)
+    axes.bar_label(bars, [f"{loss:+.4f}" for loss in above], padding=3)
+    axes.axvline(0, color="black", lw=1)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(losses))
+    axes.margins(x=0.2)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -4,15 +4,17 @@ A Target takes one file's bytes through all that the package does with such a fi
 good ones. A reader returns or raises InputError: anything else, a RuntimeWarning included, is a bug.
 """
 import json
+import shutil
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from deltanet_ref import ops
 from deltanet_ref.cli.convert import is_adapter
 from deltanet_ref.cli.info import describe
 from deltanet_ref.errors import InputError
@@ -21,13 +23,15 @@ from deltanet_ref.formats.gguf import StringArray, read_gguf, write_gguf
 from deltanet_ref.formats.quants import dequantize, quantize
 from deltanet_ref.formats.safetensors import read_safetensors, write_safetensors
 from deltanet_ref.formats.tokenizer import load_tokenizer, tokenizer_metadata
-from deltanet_ref.formats.tokenizer_files import read_tokenizer_files
 from deltanet_ref.lora.adapter import Adapter, open_adapter
 from deltanet_ref.lora.bridge import PEFT_CONFIG, PEFT_WEIGHTS
+from deltanet_ref.lora.verify import verify
 from deltanet_ref.model.config import Config
-from deltanet_ref.model.convert import hf_config
+from deltanet_ref.model.convert import hf_config, open_base, write_base
 from deltanet_ref.model.load import weights_from_gguf, weights_from_hf
+from deltanet_ref.model.qwen35 import Qwen35
 from deltanet_ref.model.tensors import expected_tensors, hf_shape, linear_tensors
+from deltanet_ref.model.weights import Weights
 
 CONFIG = Config(
     vocab_size=12, hidden_size=4, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,
@@ -68,14 +72,19 @@ def read(target, directory, raw):
     return accepted
 
 
+def good_tensors():
+    """GGUF name -> array of the small model."""
+    rng = np.random.default_rng(0)
+    return {name: -np.ones(spec.shape, np.float32) if name.endswith("ssm_a") else
+            rng.standard_normal(spec.shape).astype(np.float32) for name, spec in expected_tensors(CONFIG).items()}
+
+
 def make_good_files(directory):
     """model.gguf, quantised.gguf, adapter.gguf, hf/ and peft/ of one small model."""
-    rng, directory = np.random.default_rng(0), Path(directory)
+    rng, directory = np.random.default_rng(1), Path(directory)
     directory.mkdir(exist_ok=True)
     metadata = CONFIG.to_gguf_metadata() | tokenizer_metadata(TOKENIZER, TEMPLATE, CONFIG.vocab_size)
-    tensors = {name: np.float32(-1) * np.ones(spec.shape, np.float32) if name.endswith("ssm_a") else
-               rng.standard_normal(spec.shape).astype(np.float32) for name, spec in expected_tensors(CONFIG).items()}
-    write_gguf(directory / "model.gguf", metadata, tensors)
+    write_gguf(directory / "model.gguf", metadata, good_tensors())
     kinds = [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_K, Type.Q6_K, Type.MXFP4]
     write_gguf(directory / "quantised.gguf", {"flags": [True, False], "i64": np.int64(-3), "words": ["a", ""]},
                {kind.name: (quantize(rng.standard_normal((1, 256)), kind), kind, (1, 256)) for kind in kinds})
@@ -130,6 +139,22 @@ def adapter(path):
     assert all(isinstance(token, int) for token in read.metadata.get("invocation_tokens", []))
 
 
+def convert_model(path):
+    """To both forms, in float16, in which foreign values may not fit."""
+    for output in (path.parent / "converted.gguf", path.parent / "converted"):
+        write_base(open_base(path), output, "f16")
+        output.unlink() if output.is_file() else shutil.rmtree(output)
+
+
+@cache
+def base():
+    return Qwen35(CONFIG, Weights(CONFIG, good_tensors(), np.float32), backend=ops)
+
+
+def verify_adapter(path):
+    verify(base(), path, [[1, 2, 3], [4, 5]])
+
+
 def information(path):
     json.dumps(describe(path))
 
@@ -145,14 +170,16 @@ def arrays(path):
 def gguf_readers(directory, raw):
     path = directory / "raw.gguf"
     path.write_bytes(raw)
-    return [partial(reader, path) for reader in (contents, tokenize, model, adapter, information)]
+    readers = contents, tokenize, model, convert_model, adapter, verify_adapter, information
+    return [partial(reader, path) for reader in readers]
 
 
 def safetensors_readers(directory, raw):
     weights = [directory / "hf" / "model.safetensors", directory / "peft" / PEFT_WEIGHTS]
     for path in weights:
         path.write_bytes(raw)
-    return [partial(arrays, weights[0]), partial(model, weights[0].parent), partial(adapter, weights[1].parent)]
+    return [partial(arrays, weights[0]), partial(model, weights[0].parent), partial(convert_model, weights[0].parent),
+            partial(adapter, weights[1].parent), partial(verify_adapter, weights[1].parent)]
 
 
 def directory_readers(name, readers, directory, raw):
@@ -184,10 +211,10 @@ TARGETS = {
     "gguf": Target(files("model.gguf", "quantised.gguf", "adapter.gguf"), gguf_readers),
     "safetensors": Target(files("hf/model.safetensors", f"peft/{PEFT_WEIGHTS}"), safetensors_readers),
     "index": Target(index_seed, partial(directory_readers, "hf/model.safetensors.index.json", [model])),
-    "config": in_directory("hf/config.json", model, information),
-    "adapter_config": in_directory(f"peft/{PEFT_CONFIG}", adapter),
-    "tokenizer": in_directory("hf/tokenizer.json", tokenize, partial(read_tokenizer_files, vocab_size=12)),
-    "tokenizer_config": in_directory("hf/tokenizer_config.json", tokenize, partial(read_tokenizer_files, vocab_size=12)),
+    "config": in_directory("hf/config.json", model, convert_model, information),
+    "adapter_config": in_directory(f"peft/{PEFT_CONFIG}", adapter, verify_adapter),
+    "tokenizer": in_directory("hf/tokenizer.json", tokenize, convert_model),
+    "tokenizer_config": in_directory("hf/tokenizer_config.json", tokenize, convert_model),
     "template": Target(lambda good: [TEMPLATE.encode(), b"{% macro f(x) %}{{ x }}{% endmacro %}{{ f(tools) }}"],
                        template_readers),
 }

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from deltanet_ref.cli.main import main
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import tokenizer as tokenizers
 from deltanet_ref.formats.files import read_json
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
-from deltanet_ref.formats.safetensors import INDEX, SINGLE, read_safetensors
+from deltanet_ref.formats.safetensors import INDEX, SINGLE, read_safetensors, write_safetensors
 from deltanet_ref.formats.tokenizer import load_tokenizer
 from tests.fuzz import readers
 from tests.fuzz.__main__ import CORPUS
@@ -63,7 +64,7 @@ def test_good_files_pass_every_reader_made_for_them(target, good, work):
 
 @pytest.mark.parametrize("target", readers.TARGETS)
 def test_the_corpus_gives_nothing_but_clear_errors(target, work):
-    """The smallest inputs that together reach the code which a million mutations reached."""
+    """Small inputs that the fuzzer kept, each for code that the others do not reach."""
     files = sorted((CORPUS / target).iterdir())
     assert files
     for path in files:
@@ -151,6 +152,19 @@ def test_names_cannot_write_to_the_terminal(tmp_path):
     assert str(error).isprintable() and r"\x1b[2J \u202ex" in str(error) and len(str(error)) < 10_000
 
 
+def test_names_that_are_no_errors_cannot_write_to_the_terminal_either(good, tmp_path, capsys):
+    bad, path = "\x1b[2J\u202e", tmp_path / "a.gguf"
+    build = gguf("adapter.gguf", tensors={f"blk.7.{bad}.weight.lora_a": np.ones((2, 3), np.float32)},
+                 **{"adapter.lora.task_name": f"{bad}\nt"})
+    path.write_bytes(build(good))
+    base = str(good / "model.gguf")
+    for command, status in ((["info", str(path), "--tensors"], 0), (["verify", base, str(path), "-p", "abba"], 1),
+                            (["convert", str(path), "-o", str(tmp_path / "b.gguf"), "--base", base, "--drop", bad], 0)):
+        assert main(command) == status
+        output = "".join(capsys.readouterr())
+        assert "\\x1b[2J" in output and output.replace("\n", "").isprintable()
+
+
 # ---- safetensors
 
 def safetensors(header, data=b""):
@@ -189,6 +203,14 @@ def test_a_safetensors_file_with(case, work):
         refused("safetensors", work, raw, reason)
 
 
+def test_a_decay_beyond_all_numbers_is_a_decay_to_nothing(work):
+    path = work / "hf" / SINGLE
+    tensors = dict(read_safetensors(path))
+    name = "model.layers.0.linear_attn.A_log"
+    write_safetensors(path, tensors | {name: np.full_like(tensors[name], 1000)})
+    assert readers.read("safetensors", work, path.read_bytes())
+
+
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "..", "sub/../../outside.safetensors",
                                   "..\\outside.safetensors", "", "a\0.safetensors"])
 def test_an_index_cannot_name_files_elsewhere(name, work):
@@ -224,6 +246,8 @@ JSON_FILES = {
     "a name twice": ("config", b'{"model_type": 1, "model_type": 2}', "appears twice"),
     "a number of 10^5 digits": ("config", b'{"vocab_size": ' + b"9" * 10 ** 5 + b"}", "JSON"),
     "rope parameters in a list": ("config", changed(HF, rope_parameters=[1]), "rope_parameters"),
+    "rotary sections of 2^63": (
+        "config", changed(HF, rope_parameters={"mrope_section": [2 ** 63, 0, 0]}), "mrope_section"),
     "a size of 10^400": ("config", changed(HF, hidden_size=10 ** 400), "positive integer"),
     "a size that is NaN": ("config", changed(HF, rms_norm_eps=float("nan")), "positive number"),
     "10^9 layers": ("config", changed(HF, num_hidden_layers=10 ** 9), "num_hidden_layers"),
@@ -250,6 +274,7 @@ JSON_FILES = {
     "a pre-tokenizer that is unknown": ("tokenizer", tokenizer_with(pre_tokenizer={"Regex": "(a|a)*$"}), "unknown"),
     "a template that is a number": ("tokenizer_config", b'{"chat_template": 7}', "no text"),
     "templates without a text": ("tokenizer_config", b'{"chat_template": [{"name": "default", "template": []}]}', "text"),
+    "a template that is no text of Unicode": ("tokenizer_config", b'{"chat_template": "\\ud800"}', "lone surrogate"),
     "templates that are numbers": ("tokenizer_config", b'{"chat_template": [1, {}]}', "no chat template"),
 }
 

@@ -1,5 +1,6 @@
 """Converted and merged models in HF, PEFT and llama.cpp, and our quantisers beside ggml's own on fresh values."""
 import ctypes
+import json
 
 import gguf
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 import xllamacpp.xllamacpp
 from gguf import GGMLQuantizationType as Type
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltanet_ref as dr
@@ -19,6 +20,7 @@ from deltanet_ref.model.convert import open_base, write_base
 from deltanet_ref.model.generate import invocation
 from tests.delta_rule import relative
 from tests.paths import FIXTURES
+from tests.peers.hf_models import ATTENTION, DELTA, random_model
 from tests.peers.llama import Llama
 from tests.peers.test_llama_live import FLOAT32
 
@@ -60,6 +62,48 @@ def test_hf_loads_the_directory_that_we_write_and_gives_our_logits(model, tmp_pa
     chat = [{"role": "user", "content": "what?"}]
     one, two = (t.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for t in tokenizers)
     assert one == two and tokenizers[0].eos_token == "<|im_end|>"
+
+
+OPTIONS = [dict(r=3, lora_alpha=6),
+           dict(r=4, lora_alpha=7, use_rslora=True, alpha_pattern={"mlp.down_proj": 11},
+                rank_pattern={"q_proj": 2, r"layers\.1\..*up_proj": 5})]
+
+
+@pytest.mark.parametrize("H_k, H_v, tied", [(3, 9, True), (2, 6, False), (5, 5, False), (1, 4, True)])
+def test_other_shapes_and_adapters_of_peft_are_the_same_in_hf_here_and_in_llama_cpp(H_k, H_v, tied, tmp_path):
+    """HF directory and PEFT adapters converted; both adapters live, switched in one llama.cpp, and merged."""
+    shape = dict(vocab_size=480, hidden_size=96, intermediate_size=160, num_attention_heads=3, num_key_value_heads=1,
+                 head_dim=32, linear_num_key_heads=H_k, linear_num_value_heads=H_v, linear_key_head_dim=16,
+                 linear_value_head_dim=16, linear_conv_kernel_dim=4, rms_norm_eps=1e-6, tie_word_embeddings=tied,
+                 layer_types=[DELTA, ATTENTION, DELTA, DELTA],
+                 rope_parameters=dict(rope_type="default", rope_theta=1e5, partial_rotary_factor=0.25,
+                                      mrope_section=[2, 1, 1]))
+    random_model(shape, seed=H_v).save_pretrained(tmp_path / "hf")
+    AutoTokenizer.from_pretrained(FIXTURES / "eq" / "hf").save_pretrained(tmp_path / "hf")
+    assert main(["convert", str(tmp_path / "hf"), "-o", str(tmp_path / "base.gguf")]) == 0
+    wide = []
+    for i, options in enumerate(OPTIONS):
+        hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+        peft = get_peft_model(hf, LoraConfig(target_modules="all-linear", **options)).eval()
+        generator = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for module in peft.modules():
+                if getattr(module, "lora_B", None):
+                    module.lora_B["default"].weight.normal_(std=0.1, generator=generator)
+            theirs = log_softmax(peft(torch.tensor([TOKENS])).logits.numpy()[0])[-1]
+        peft.save_pretrained(tmp_path / f"peft{i}")
+        assert main(["convert", str(tmp_path / f"peft{i}"), "-o", str(tmp_path / f"{i}.gguf"), "--base",
+                     str(tmp_path / "base.gguf")]) == 0
+        merge(tmp_path / "base.gguf", [(tmp_path / f"peft{i}", 1.0)], tmp_path / f"merged{i}.gguf")
+        live = dr.load_model(tmp_path / "base.gguf", dtype="float64")
+        live.attach(dr.load_adapter(tmp_path / f"{i}.gguf", live))
+        wide.append(log_softmax(live.logits(np.array([TOKENS]))[0])[-1])
+        assert relative(theirs, wide[i]) < 3 * FLOAT32
+        assert relative(ours(tmp_path / f"merged{i}.gguf"), wide[i]) < FLOAT32
+    llama = Llama(tmp_path / "base.gguf", [tmp_path / "0.gguf", tmp_path / "1.gguf"])
+    for scales, log_probabilities in (([1.0, 0.0], wide[0]), ([0.0, 1.0], wide[1]), ([1.0, 0.0], wide[0])):
+        assert relative(llama.log_probabilities(TOKENS, scales), log_probabilities) < FLOAT32
+    assert relative(wide[0], wide[1]) > 1e-2
 
 
 # llama.cpp rounds activations too: relative distances of log-probabilities measured on this prompt, three times each
@@ -104,7 +148,37 @@ def test_our_blocks_are_as_close_as_ggmls(kind, draw):
 def test_verify_compares_with_llama_cpp(tmp_path, capfd):
     base, lora = FIXTURES / "grouped" / "grouped-f32.gguf", FIXTURES / "grouped" / "lora"
     assert main(["verify", str(base), f"{lora}=0.5", "-p", "a ship"]) == 0
-    assert "llama.cpp versus live" in capfd.readouterr().out
+    assert "llama.cpp with it versus ours" in capfd.readouterr().out
+
+
+def test_verify_lets_llama_cpp_round_on_a_quantised_base_and_still_sees_another_adapter(tmp_path, capfd, monkeypatch):
+    """One that changes less than llama.cpp's rounding of activations passes; one that acts otherwise does not."""
+    base = FIXTURES / "quant" / "quant-Q4_K_M.gguf"
+    model = dr.load_model(base)
+    adapter = dr.new_adapter(model, rank=2, alpha=4, seed=3)
+    rng = np.random.default_rng(8)
+    for name, size in (("weak", 1e-4), ("strong", 0.2)):
+        for target in adapter.targets:
+            b = adapter.tensors[f"{target}.lora_b"]
+            adapter.tensors[f"{target}.lora_b"] = (size * rng.standard_normal(b.shape)).astype(b.dtype)
+        adapter.save_gguf(tmp_path / f"{name}.gguf")
+    for name in ("weak", "strong"):
+        assert main(["verify", str(base), str(tmp_path / f"{name}.gguf"), "-p", "a ship", "--json"]) == 0
+        report = json.loads(capfd.readouterr().out)
+        distance = report["others"]["llama.cpp with it"]
+        assert (report["effect"]["distance"] < distance) == (name == "weak")
+    real = llama_log_probabilities
+    monkeypatch.setattr("deltanet_ref.lora.verify.llama_log_probabilities",
+                        lambda base, adapter, prompts, scales: real(base, adapter, prompts, [0.0, 0.5]))
+    assert main(["verify", str(base), str(tmp_path / "strong.gguf"), "-p", "a ship"]) == 1
+    assert "llama.cpp with it computes something else" in capfd.readouterr().out
+
+
+def test_verify_compares_an_activated_lora_on_every_position(tmp_path, capfd):
+    activated(tmp_path)
+    base = FIXTURES / "grouped" / "grouped-f32.gguf"
+    assert main(["verify", str(base), str(tmp_path / "a.gguf"), "-p", "a ship"]) == 0
+    assert "llama.cpp with it versus ours" in capfd.readouterr().out
 
 
 def test_our_merged_file_is_base_and_adapter_in_llama_cpp(tmp_path):
@@ -167,7 +241,9 @@ def test_peft_activates_it_one_token_later_than_llama_cpp(prompt, tmp_path):
 def test_llama_log_probabilities_are_those_of_the_other_client():
     base, model = FIXTURES / "eq" / "eq-f32.gguf", dr.load_model(FIXTURES / "eq" / "eq-f32.gguf")
     adapter = dr.load_adapter(FIXTURES / "eq" / "lora.gguf", model)
-    rows = llama_log_probabilities(base, adapter, [TOKENS, TOKENS[:4]], 0.5)
+    scales, prompts = (0.5, 0.0), (TOKENS, TOKENS[:4])
+    rows = llama_log_probabilities(base, adapter, prompts, scales)
     llama = Llama(base, [FIXTURES / "eq" / "lora.gguf"])
-    for row, tokens in zip(rows, (TOKENS, TOKENS[:4])):
-        assert relative(row, llama.log_probabilities(tokens, [0.5])) < 1e-6
+    for scale, per_scale in zip(scales, rows):
+        for tokens, row in zip(prompts, per_scale):
+            assert relative(row, llama.log_probabilities(tokens, [scale])) < 1e-6
