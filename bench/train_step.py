@@ -301,21 +301,23 @@ def markdown(record):
 
 
 def draw(record, path):
-    """Where the time of a step goes, a bar for each of our rows, in a file. Without matplotlib: nothing."""
+    """Where the time of a step goes, in %, a bar for each of our rows, in a file. Without matplotlib: nothing."""
     if not importlib.util.find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
     rows = [row for row in record["rows"] if "profile" in row]
-    figure = Figure(figsize=(8, 1 + 0.6 * len(rows)), layout="constrained")
-    axes = figure.add_subplot(xlabel="seconds")
-    labels = [f"L {row['length']}, {row['type']}" + ", checkpointing" * row["checkpoint"] for row in rows]
+    figure = Figure(figsize=(9, 1.2 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.add_subplot(xlabel="% of a step")
+    labels = [f"L {row['length']}, {row['type']}{', checkpointing' * row['checkpoint']}: {row['median_s']:.1f} s"
+              for row in rows]
     left = [0.0] * len(rows)
     for kind in KINDS:
-        widths = [row["profile"][kind] for row in rows]
+        widths = [100 * row["profile"][kind] / sum(row["profile"].values()) for row in rows]
         axes.barh(labels, widths, left=left, label=kind)
         left = [a + b for a, b in zip(left, widths)]
     axes.invert_yaxis()
-    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    axes.set_xlim(0, 100)
+    figure.legend(ncols=len(KINDS), loc="outside lower center")
     figure.savefig(path)
 
 
