@@ -10,7 +10,7 @@ demo: .venv/ready
 	.venv/bin/deltanet-ref demo
 
 test: .venv/ready
-	.venv/bin/python -m pytest -n auto
+	.venv/bin/python -m pytest -n auto --dist worksteal
 
 fuzz: .venv/fuzz-ready
 	.venv/bin/python -m tests.fuzz

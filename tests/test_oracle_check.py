@@ -279,7 +279,7 @@ def test_a_planted_backward_mistake_is_found(mistake, output, fails, passes):
 def test_a_wrong_forward_is_the_first_stage_even_where_the_simplest_case_has_only_wrong_gradients():
     """Without a state the decay of a single token changes nothing but dS0."""
     report = judge(lambda q, k, v, *, g, **options: loop_forward(q, k, v, g=g / 2, **options),
-                   lambda q, k, v, *, g, **options: loop_backward(q, k, v, g=g / 2, **options), cases=DENSE)
+                   lambda q, k, v, *, g, **options: loop_backward(q, k, v, g=g / 2, **options), cases=DENSE[:8])
     assert report.failed[0].first_bad["output"] == "dS0"
     assert report.first_stage()[0] == "o"
     stage = report.as_json()["summary"]["first_stage"]
