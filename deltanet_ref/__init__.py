@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 def load_model(path, backend="auto", dtype="float32", weights="auto"):
     """Open a model: a .gguf file, or an HF directory (config.json and safetensors).
 
-    backend  "numpy", "numba", or "auto", which is numpy in this version
+    backend  "numpy", the definition; "numba", kernels; or "auto", which is numba
     dtype    "float32" or "float64", of all computation; a GGUF's tensors stay as stored until they are used
     weights  of a GGUF: "mapped" (decoded at each use), "expanded" (decoded once and kept), or "auto": mapped where the
              backend decodes fast (numba, all common types), the others expanded if half of the available memory holds them
