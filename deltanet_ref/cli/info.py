@@ -54,7 +54,7 @@ def describe(path):
             return describe_adapter(file)
     import deltanet_ref as dr
 
-    model = dr.load_model(path)
+    model = dr.load_model(path, backend="numpy", weights="mapped")        # nothing is computed
     tokenizer = model.tokenizer
     stored = [(name, model.weights.stored_type(name), model.weights.shape(name)) for name in model.weights]
     return {

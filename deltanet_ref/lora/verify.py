@@ -75,7 +75,8 @@ def verify(model, path, prompts, scale=1.0):
     problems, effect = _misfits(found, model.config), None
     if not unmatched and good:
         adapter = load_adapter(path, model)
-        effect = _effect(model, adapter, prompts, scale)
+        with np.errstate(over="ignore", invalid="ignore"):         # of huge values; what is not finite is told
+            effect = _effect(model, adapter, prompts, scale)
         problems += [NOT_FINITE] if effect is None else _failures(effect, zero, good, scale)
     return Report(good, unmatched, zero, sizes, effect, problems, {})
 
@@ -193,8 +194,7 @@ def _relative_size(stored, target, w, scale):
 
 def _effect(model, adapter, prompts, scale):
     """Effect, or None when logits are not finite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        base, adapted = (adapted_logits(model, x, prompts, scale) for x in (None, adapter))
+    base, adapted = (adapted_logits(model, x, prompts, scale) for x in (None, adapter))
     if not (np.isfinite(base).all() and np.isfinite(adapted).all()):
         return None
     before, after = log_softmax(base), log_softmax(adapted)
