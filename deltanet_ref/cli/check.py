@@ -37,7 +37,8 @@ def add_arguments(parser):
                         help="of the inputs, and what the answers are held to (default float32)")
     parser.add_argument("--cases", nargs="+", metavar="PATTERN", default=None,
                         help="case ids, shell patterns or groups (default delta); `vectors --list` lists them")
-    parser.add_argument("--packed", action="store_true", help="without --cases, packed ones too: the callee takes cu_seqlens")
+    parser.add_argument("--packed", action="store_true",
+                        help="without --cases, packed ones too: the callee takes cu_seqlens")
     parser.add_argument("--timeout", type=float, default=20.0, metavar="S",
                         help="seconds for one case (default 20); an import may take 180")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")

@@ -1,11 +1,10 @@
 """deltanet-ref convert: adapters between GGUF and PEFT, base models between GGUF and HF."""
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from deltanet_ref.cli.model import losses_by_type, refuse_input_as_output
-from deltanet_ref.errors import InputError, printable
+from deltanet_ref.cli.model import losses_by_type, refuse_input_as_output, tell_notes
+from deltanet_ref.errors import InputError
 
 PREFIXES = ("model.", "model.language_model.")
 
@@ -68,8 +67,7 @@ def run(args):
     base = open_base(args.source)
     check_output(base, args.output, args.type)
     if isinstance(base, GGUFBase) != writes_gguf(args.output):
-        for note in base.notes:
-            print(f"note: {note}", file=sys.stderr)
+        tell_notes(base.notes)
     print(losses_by_type(write_base(base, args.output, args.type)), end="")
     print(f"Wrote {args.output}: {len(base.specs)} tensors")
 
@@ -104,8 +102,7 @@ def convert_adapter(args):
     adapter.metadata |= given_metadata(args)
     if args.invocation:
         adapter.metadata["invocation_tokens"] = load_tokenizer(args.base).encode(args.invocation)
-    for note in adapter.notes:
-        print(f"note: {printable(note)}", file=sys.stderr)
+    tell_notes(adapter.notes)
     kind = args.type or "kept"
     if to_gguf:
         adapter.save_gguf(args.output, kind)

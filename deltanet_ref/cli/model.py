@@ -31,17 +31,21 @@ def load(args):
     import deltanet_ref as dr
 
     model = dr.load_model(args.model, backend=args.backend, dtype=args.dtype, weights=args.weights)
-    for note in model.notes:
-        print(f"note: {printable(note)}", file=sys.stderr)
+    tell_notes(model.notes)
     for spec in getattr(args, "adapter", []):
         path, scale = split_scale(spec)
         adapter = dr.load_adapter(path, model)
-        for note in adapter.notes:
-            print(f"note: {path}: {printable(note)}", file=sys.stderr)
+        tell_notes(f"{path}: {note}" for note in adapter.notes)
         model.attach(adapter, scale=scale)
     if model.tokenizer is None:
         raise InputError(f"{args.model}: has no tokenizer; convert the model with its tokenizer files beside it")
     return model
+
+
+def tell_notes(notes):
+    """A line on stderr for each; they may hold names from files."""
+    for note in notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
 def split_scale(spec):

@@ -145,6 +145,11 @@ OPERATORS = {
 }
 
 
+def held_in(dtype):
+    """The dtype of arrays that stand for this one where there is no bfloat16."""
+    return "float32" if dtype == "bfloat16" else dtype
+
+
 def in_dtype(inputs, dtype):
     """The same inputs with every float array in dtype."""
     return {name: x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x

@@ -26,7 +26,7 @@ import numpy as np
 from deltanet_ref.errors import InputError
 from deltanet_ref.oracle.exchange import FORMATS, read_answers, write_case
 from deltanet_ref.oracle.layouts import backward_call, call_with, forward_call, returned
-from deltanet_ref.oracle.operators import OPERATORS, in_dtype
+from deltanet_ref.oracle.operators import OPERATORS, held_in, in_dtype
 
 WIDE = ("g", "S0", "dS_end", "A_log", "dt_bias", "dg", "S")               # stay float32 beside bfloat16 inputs
 START_SECONDS = 180           # an import may compile kernels
@@ -199,7 +199,7 @@ class Callables:
 
     def _arrays(self, inputs):
         """Fresh arrays for each call, so that a callee may overwrite its arguments. Integers stay integers."""
-        wide = "float32" if self.dtype == "bfloat16" else self.dtype
+        wide = held_in(self.dtype)
         return {name: value if not isinstance(value, np.ndarray)
                 else self.arrays.array(value, wide if name in WIDE else self.dtype) if value.dtype.kind == "f"
                 else self.arrays.array(value, str(value.dtype)) for name, value in inputs.items()}
@@ -290,13 +290,12 @@ class Worker:
         self.replies = queue.SimpleQueue()
         threading.Thread(target=_read_replies, args=(self.process.stdout, self.replies), daemon=True).start()
         reply = self._ask(self.setup, START_SECONDS)
-        if isinstance(reply, InputError):
-            self.close()
-            raise reply
         if not isinstance(reply, dict):
             self.close()
-            raise InputError(f"{self.setup['forward']} cannot be imported: "
-                             + (f"the process ended, {reply}" if reply else f"not done within {START_SECONDS} s"))
+            if isinstance(reply, InputError):
+                raise reply
+            reason = f"the process ended, {reply}" if reply else f"not done within {START_SECONDS} s"
+            raise InputError(f"{self.setup['forward']} cannot be imported: {reason}")
         self.provenance, self.array = reply["provenance"], reply["array"]
 
     def run(self, case, inputs, layout):
@@ -374,7 +373,7 @@ class Program:
 
     def run(self, case, inputs, layout):
         source, target = (Path(self.directory.name) / f"{name}.{self.format}" for name in ("in", "out"))
-        write_case(source, in_dtype(inputs, "float32" if self.dtype == "bfloat16" else self.dtype))
+        write_case(source, in_dtype(inputs, held_in(self.dtype)))
         target.unlink(missing_ok=True)
         words = [word.replace("{in}", str(source)).replace("{out}", str(target)) for word in self.words]
         try:
@@ -435,10 +434,10 @@ def _answer_from(path, case, layout):
 def _program_facts(words):
     """The program and the files among its words, such as a script, each with the beginning of its sha256."""
     program = shutil.which(words[0])
-    if program is None and Path(words[0]).is_file():
-        raise InputError(f"the program {words[0]} is not executable: chmod +x {words[0]}")
     if program is None:
-        raise InputError(f"the program {words[0]} cannot be found: give its path, such as ./{words[0]}")
+        problem = (f"is not executable: chmod +x {words[0]}" if Path(words[0]).is_file() else
+                   f"cannot be found: give its path, such as ./{words[0]}")
+        raise InputError(f"the program {words[0]} {problem}")
     files = [Path(program), *(Path(word) for word in words[1:] if Path(word).is_file())]
     return ", ".join(f"{path.resolve()} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
                      for path in files)

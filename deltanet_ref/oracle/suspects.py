@@ -19,7 +19,7 @@ from deltanet_ref.oracle.layouts import Layout, put, rule_inputs, take, through_
 from deltanet_ref.oracle.mutants import answers, mistakes_of
 from deltanet_ref.oracle.mutants.edits import BASES, DELTA
 from deltanet_ref.oracle.noise import FACTOR
-from deltanet_ref.oracle.operators import OPERATORS, in_dtype
+from deltanet_ref.oracle.operators import OPERATORS, held_in, in_dtype
 
 CHUNKS = (16, 32, 64, 128)    # tokens per chunk of the implementation: nobody tells
 UNUSUAL_CHUNKS = (4, 8, 10, 20, 24, 40, 48, 80, 96, 100)      # tried when nothing fits with those
@@ -101,7 +101,7 @@ class _Failure:
 
         first, rounding = (telling[:1], telling[:FIRST]), self.rounding()
         return (list(rated("value", self.same_numbers, *first))
-                or list(rated("value", self.same_numbers, *first, chunks=() if rounding else UNUSUAL_CHUNKS))
+                or not rounding and list(rated("value", self.same_numbers, *first, chunks=UNUSUAL_CHUNKS))
                 or self.backward and [(score, bug, f"{title}, but with the wrong sign or twice")
                                       for score, bug, title in rated("value", self.opposite_numbers, *first)]
                 or list(rated("size", self.same_sizes, likely=SIZE_LIKELY))
@@ -225,7 +225,10 @@ def _telling(results, n):
 
 
 def _of_every_chunk(edit, chunks):
-    return [edit._replace(chunk=C) for C in chunks] if BASES[edit.base].chunk and edit.chunk > 1 else [edit]
+    """The edit at each length of chunk; one without chunks belongs to CHUNKS, so that it is tried once."""
+    if BASES[edit.base].chunk and edit.chunk > 1:
+        return [edit._replace(chunk=C) for C in chunks]
+    return [edit] if chunks is CHUNKS else []
 
 
 @functools.lru_cache(None)
@@ -237,9 +240,5 @@ def _answers(edit, case, layout, dtype):
     x, _ = put(Layout(), case)
     if case.op == "gated_delta_rule":
         x, norms = rule_inputs(layout, x)
-        return take(Layout(), case, through_norms(answers(edit, case, in_dtype(x, _precision(dtype))), norms))
-    return answers(edit, case, in_dtype(x, _precision(dtype)))
-
-
-def _precision(dtype):
-    return np.float64 if dtype == "float64" else np.float32
+        return take(Layout(), case, through_norms(answers(edit, case, in_dtype(x, held_in(dtype))), norms))
+    return answers(edit, case, in_dtype(x, held_in(dtype)))
