@@ -16,7 +16,6 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 from deltanet_ref.backends import get_backend
 from deltanet_ref.errors import InputError
-from deltanet_ref.formats import quants
 from deltanet_ref.formats.gguf import read_gguf
 from deltanet_ref.formats.tokenizer import Tokenizer, load_tokenizer
 from deltanet_ref.lora.adapter import load_adapter, new_adapter
@@ -42,10 +41,10 @@ def load_model(path, backend="auto", dtype="float32", weights="auto"):
     ops = get_backend(backend)
     path = Path(path)
     if path.is_dir():
-        config, tensors, notes = weights_from_hf(path, dtype)
+        config, tensors, notes = weights_from_hf(path, dtype, ops)
         tokenizer = Tokenizer.from_hf(path) if (path / "tokenizer.json").exists() else None
     else:
         file = read_gguf(path)
-        config, tensors, notes = weights_from_gguf(file, dtype, weights, ops if hasattr(ops, "dequantize") else quants)
+        config, tensors, notes = weights_from_gguf(file, dtype, ops, weights)
         tokenizer = Tokenizer.from_gguf(file) if "tokenizer.ggml.tokens" in file.metadata else None
-    return Qwen35(config, tensors, backend=ops, tokenizer=tokenizer, notes=notes)
+    return Qwen35(config, tensors, tokenizer=tokenizer, notes=notes)

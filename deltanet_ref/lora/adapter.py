@@ -12,9 +12,10 @@ import numpy as np
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
 from deltanet_ref.formats.quants import dequantize
+from deltanet_ref.formats.values import is_text
 from deltanet_ref.lora.bridge import (FACTOR_TYPES, StoredAdapter, encoded, invocation_tokens, kind, one_alpha,
                                       read_peft, reorder, split_dropped, write_peft)
-from deltanet_ref.model.config import ARCHITECTURE, Config, is_text
+from deltanet_ref.model.config import ARCHITECTURE, Config
 from deltanet_ref.model.load import listing
 from deltanet_ref.model.tensors import linear_tensors
 

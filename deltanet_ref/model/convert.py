@@ -16,6 +16,7 @@ import numpy as np
 from gguf import LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as Type
 
+from deltanet_ref import ops
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import atomic_directory, ensure_new_directory, ensure_writable, read_json
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
@@ -52,7 +53,7 @@ class GGUFBase:
 
     def __init__(self, path):
         self.path, self.file = Path(path), read_gguf(path)
-        self.config, _, self.notes = weights_from_gguf(self.file, "float32")
+        self.config, _, self.notes = weights_from_gguf(self.file, "float32", ops)
         self.specs = expected_tensors(self.config)
 
     def type(self, name):
@@ -117,21 +118,9 @@ def write_base(base, output, choice=None, changes=None):
     return losses
 
 
-def hf_config(config, dtype, special=None):
-    """config.json of the text-only HF model, a dict. special: eos_token_id and the like."""
-    numbers = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-               "head_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
-               "linear_conv_kernel_dim max_position_embeddings tie_word_embeddings").split()
-    return {
-        "architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "dtype": dtype,
-        **{name: getattr(config, name) for name in numbers},
-        "rms_norm_eps": _shortest(config.rms_norm_eps), "layer_types": list(config.layer_types),
-        "rope_parameters": {"rope_type": "default", "rope_theta": _shortest(config.rope_theta),
-                            "partial_rotary_factor": config.partial_rotary_factor,
-                            "mrope_section": list(config.mrope_section), "mrope_interleaved": True},
-        "hidden_act": "silu", "attention_bias": False, "attn_output_gate": True, "mtp_num_hidden_layers": 0,
-        **(special or {}),
-    }
+def hf_config(config, dtype: str, special: dict | None = None) -> dict:
+    """config.json of the text-only HF model. special: eos_token_id and the like."""
+    return config.to_hf() | {"dtype": dtype, "mtp_num_hidden_layers": 0} | (special or {})
 
 
 # ---- types
@@ -154,7 +143,7 @@ def _types(base, output, choice, changed):
 
 
 def _gguf_type(base, name, choice):
-    if not _is_matrix(base.specs[name]):
+    if not base.specs[name].is_matrix:
         return base.type(name) if choice is None and isinstance(base, GGUFBase) else Type.F32
     if choice is None:
         return base.type(name)
@@ -183,16 +172,12 @@ def _has_more_bits(layer, layers):
 
 def _hf_type(base, name, choice):
     kept = base.type(name) if base.type(name) in FLOATS else Type.F32
-    return kept if choice is None or not _is_matrix(base.specs[name]) else CHOICES[choice][0]
+    return kept if choice is None or not base.specs[name].is_matrix else CHOICES[choice][0]
 
 
 def _type_of_matrices(base, types):
     """The most common one."""
-    return Counter(types[name] for name, spec in base.specs.items() if _is_matrix(spec)).most_common(1)[0][0]
-
-
-def _is_matrix(spec):
-    return len(spec.shape) == 2 and spec.value != "squeeze"
+    return Counter(types[name] for name, spec in base.specs.items() if spec.is_matrix).most_common(1)[0][0]
 
 
 # ---- writing
@@ -283,8 +268,3 @@ def _relative(x, reference):
     """|x - reference| / |reference|."""
     size = np.linalg.norm(reference)
     return float(np.linalg.norm(np.subtract(x, reference)) / size) if size else float(np.linalg.norm(x) > 0)
-
-
-def _shortest(x):
-    """The shortest number that is this one in float32, where GGUF keeps it: 1e-06 again, not 9.999999974752427e-07."""
-    return float(str(np.float32(x)))

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from deltanet_ref.errors import InputError
-from deltanet_ref.formats import quants
 from deltanet_ref.formats.files import read_json
 from deltanet_ref.formats.gguf import read_gguf
 from deltanet_ref.formats.safetensors import read_safetensors
-from deltanet_ref.model.config import Config
+from deltanet_ref.model.config import ARCHITECTURE, Config
 from deltanet_ref.model.tensors import expected_tensors, hf_shape, to_gguf_form
 from deltanet_ref.model.weights import Weights
 
@@ -19,10 +18,10 @@ _SKIPPED_GGUF = ((r"(v|mm)\.", "vision"), (r"blk\.\d+\.nextn\.", "multi-token pr
 _SKIPPED_HF = ((r"(model\.)?visual\.", "vision"), (r"mtp\.", "multi-token prediction"))
 
 
-def weights_from_gguf(file, dtype, mode="mapped", decoder=quants):
-    """Takes the text model out of an opened GGUF file (a GGUFFile); nothing is decoded yet.
+def weights_from_gguf(file, dtype, backend, mode: str = "mapped") -> tuple[Config, Weights, list]:
+    """The text model in an opened GGUF file (a GGUFFile); nothing is decoded yet.
 
-    dtype: float32 or float64, that of the arrays given later; mode and decoder as of Weights. Returns (Config, Weights,
+    dtype: float32 or float64, of the arrays given later; backend and mode as of Weights. Returns (Config, Weights,
     notes: list of str). Raises InputError: another architecture, or all missing, unexpected and misshapen tensors at once.
     """
     dtype = model_dtype(dtype)
@@ -30,12 +29,12 @@ def weights_from_gguf(file, dtype, mode="mapped", decoder=quants):
         raise InputError(f"{file.path}: holds no tensors (a vocabulary-only file?): pass the model's own GGUF")
     found = {name: tensor.shape for name, tensor in file.tensors.items()}
     config = _config(file.path, Config.from_gguf, file.metadata, found)
-    blocks = config.num_hidden_layers + int(file.metadata.get("qwen35.nextn_predict_layers", 0))
+    blocks = config.num_hidden_layers + int(file.metadata.get(f"{ARCHITECTURE}.nextn_predict_layers", 0))
     mtp = "|".join(str(i) for i in range(config.num_hidden_layers, blocks))
     notes = _skip(found, _SKIPPED_GGUF + (((rf"blk\.({mtp})\.", "multi-token prediction"),) if mtp else ()))
     expected = expected_tensors(config)
     _check(file.path, {name: spec.shape for name, spec in expected.items()}, found)
-    weights = Weights(config, {name: file.tensors[name] for name in expected}, dtype, mode, decoder)
+    weights = Weights(config, {name: file.tensors[name] for name in expected}, dtype, backend, mode)
     for name in expected:
         if name.endswith(".ssm_a") and not np.all(weights[name] < 0):
             raise InputError(f"{file.path}: {name} must hold -exp(A_log), which is negative, and does not: convert the "
@@ -43,8 +42,8 @@ def weights_from_gguf(file, dtype, mode="mapped", decoder=quants):
     return config, weights, notes
 
 
-def weights_from_hf(directory, dtype):
-    """Reads an HF directory (config.json, *.safetensors) and brings each tensor to GGUF's form in the model's dtype.
+def weights_from_hf(directory, dtype, backend) -> tuple[Config, Weights, list]:
+    """Reads an HF directory (config.json, *.safetensors) and converts each tensor to GGUF's form in the model's dtype.
 
     Names of the text model alone and of the multimodal model are both known. Returns and raises as weights_from_gguf.
     """
@@ -52,7 +51,7 @@ def weights_from_hf(directory, dtype):
     config, stored, names, notes = open_hf(directory)
     dense = {name: np.ascontiguousarray(to_gguf_form(stored[names[name]].astype(dtype), spec, config))
              for name, spec in expected_tensors(config).items()}
-    return config, Weights(config, dense, dtype), notes
+    return config, Weights(config, dense, dtype, backend), notes
 
 
 def open_hf(directory):

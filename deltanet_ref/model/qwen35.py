@@ -1,17 +1,18 @@
-"""Qwen3.5, the dense text model: embed, blocks, norm, head; forward and backward by hand.
+"""Qwen3.5, the text model: embed, blocks, norm, head; forward and backward by hand.
 
-Inside, tokens stand in one row (1, T) with cu_seqlens: a batch is as many sequences one after the other, and padding is
-left out before anything is computed. DESIGN.md section 5 fixes the public names.
+Inside, tokens are one row (1, T) with cu_seqlens: a batch becomes its sequences one after the other, and padding is
+removed before anything is computed. Arrays live on the backend (NumPy arrays unless it says otherwise); tokens, labels,
+lengths and cu_seqlens are NumPy arrays.
 """
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from deltanet_ref.errors import InputError
-from deltanet_ref.model.block import KEEP, MLP_TENSORS, block_backward, block_forward, block_forward_keeping
-from deltanet_ref.model.gated_attention import TENSORS as ATTENTION_TENSORS
-from deltanet_ref.model.gated_deltanet import TENSORS as DELTANET_TENSORS
+from deltanet_ref.model.block import KEEP, block_backward, block_forward, block_forward_keeping
 from deltanet_ref.model.layer import Attached, Gradients, Layer
+from deltanet_ref.model.layers import MIXERS
 from deltanet_ref.ops.sequences import sequence_boundaries
 
 IGNORED = -100                # a label that is not trained, as in HF
@@ -19,10 +20,10 @@ PREFILL_TOKENS = 512          # tokens of one prefill pass
 
 
 class State(NamedTuple):
-    """Everything the model remembers of B sequences of equal length. Functions return a new one, none is changed."""
+    """What the model carries from the tokens so far, for B sequences of equal length. Functions return a new one."""
     position: int             # tokens so far
-    blocks: tuple             # DeltaNetState or AttentionState of each block
-    attached: tuple           # (adapter, scale) of those that acted on it: no others may go on with it
+    blocks: tuple             # the state of each block's mixer
+    attached: tuple           # (adapter, scale) of those that produced it; only they may continue it
 
 
 class Packed(NamedTuple):
@@ -35,11 +36,11 @@ class Packed(NamedTuple):
 class ForwardCache(NamedTuple):
     blocks: dict              # block number -> what is kept of it, for the blocks that backward visits
     norm: tuple
-    options: dict             # of all blocks: rope, cu_seqlens
+    options: dict             # of all blocks: shared, cu_seqlens
 
 
 class HeadRows:
-    """The head as linear_cross_entropy takes it: rows are decoded when they are asked for."""
+    """The head as linear_cross_entropy takes it: rows are decoded on request."""
 
     def __init__(self, weights, name):
         self._weights, self._name = weights, name
@@ -55,24 +56,37 @@ class Qwen35:
     """A model ready to run.
 
     config     model.config.Config, HF's field names
-    weights    model.weights.Weights: GGUF tensor name -> array, V heads tiled
-    backend    the operators: deltanet_ref.ops or a module of deltanet_ref.backends with the same names
+    weights    model.weights.Weights: GGUF tensor name -> array, V heads tiled; its backend computes the model
     tokenizer  formats.tokenizer.Tokenizer, or None
     notes      what loading left out, one line each
     """
 
-    def __init__(self, config, weights, *, backend, tokenizer=None, notes=()):
-        self.config, self.weights, self.backend = config, weights, backend
+    def __init__(self, config, weights, *, tokenizer=None, notes=(), adapters: dict | None = None,
+                 observe: Callable | None = None):
+        """adapters: name -> layer.Attached, shared with another model; observe: as of Layer."""
+        self.config, self.weights, self.backend = config, weights, weights.backend
         self.tokenizer, self.notes = tokenizer, list(notes)
         self.dtype = weights.dtype
-        self.adapters = {}
-        self.layers = [Layer(i, config, weights, backend, self.adapters) for i in range(config.num_hidden_layers)]
+        self.adapters = {} if adapters is None else adapters
+        self.layers = [Layer(i, config, weights, self.adapters, observe) for i in range(config.num_hidden_layers)]
         self.head = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
+        self._observe = observe or (lambda name, array: None)
+
+    def observed(self, observe: Callable) -> "Qwen35":
+        """The same model, its weights and adapters shared, that passes its stages to observe(name, array).
+
+        Names are those of a trace: "embed", "blk.0.q", "output_norm", and "d.blk.0.q" for a gradient. Arrays have the
+        model's form (batch axis first, value heads tiled) and may be overwritten after the call.
+        """
+        return Qwen35(self.config, self.weights, tokenizer=self.tokenizer, adapters=self.adapters, observe=observe)
 
     # ---- adapters
 
-    def attach(self, adapter, scale=1.0, name=None, trainable=False):
-        """Let an adapter act on the model, beside those that already do. Returns its name."""
+    def attach(self, adapter, scale: float = 1.0, name: str | None = None, trainable: bool = False) -> str:
+        """Apply an adapter, in addition to those attached already. Returns its name.
+
+        Raises InputError when it does not fit the model, the name is taken, or another adapter is trainable already.
+        """
         self._check_fits(adapter)
         name = name or f"adapter{len(self.adapters)}"
         if name in self.adapters:
@@ -82,8 +96,8 @@ class Qwen35:
         self.adapters[name] = Attached(adapter, scale, trainable)
         return name
 
-    def detach(self, name):
-        """Take an attached adapter off again; it is returned."""
+    def detach(self, name: str):
+        """Remove an attached adapter and return it. Raises InputError for a name that is not attached."""
         if name not in self.adapters:
             raise InputError(f"no adapter named {name!r} is attached; attached: {sorted(self.adapters) or 'none'}")
         return self.adapters.pop(name).adapter
@@ -114,21 +128,26 @@ class Qwen35:
         """
         tokens = self._tokens(tokens)
         packed = self._pack(tokens, lengths, cu_seqlens)
-        logits = np.zeros((*tokens.shape, self.config.vocab_size), self.dtype)
         h, _ = self._forward(packed, keep_from=None)
-        logits[packed.place] = self.weights.linear_forward(self.backend, [self.head], h)[0][0]
-        return logits
+        return self._unpacked(self._head_logits(h)[0], packed, tokens.shape)
 
     def hidden_states(self, tokens, lengths=None, cu_seqlens=None):
         """The embeddings, every block's output and the last norm's: num_hidden_layers + 2 arrays (B, L, D)."""
         tokens = self._tokens(tokens)
         packed = self._pack(tokens, lengths, cu_seqlens)
-        states = []
-        self._forward(packed, keep_from=None, visit=states.append)
-        out = [np.zeros((*tokens.shape, self.config.hidden_size), self.dtype) for _ in states]
-        for array, state in zip(out, states):
-            array[packed.place] = state[0]
+        states, names = [], {"embed", "output_norm", *(layer.name("out") for layer in self.layers)}
+        self.observed(lambda name, h: states.append(h[0]) if name in names else None)._forward(packed, keep_from=None)
+        return [self._unpacked(h, packed, tokens.shape) for h in states]
+
+    def _unpacked(self, rows, packed, shape):
+        """Rows (T, n) of packed tokens at their places in (B, L, n); zero in the padding."""
+        xp = self.backend.xp
+        out = xp.zeros((*shape, rows.shape[-1]), self.dtype)
+        out[tuple(map(xp.asarray, packed.place))] = rows
         return out
+
+    def _head_logits(self, h):
+        return self.weights.linear_forward([self.head], h)[0]
 
     def loss(self, tokens, labels, lengths=None, cu_seqlens=None):
         """Mean cross-entropy over the kept labels, in nats.
@@ -141,32 +160,38 @@ class Qwen35:
         loss, _ = self._head_loss(h, targets, grads=None)
         return loss
 
-    def _forward(self, packed, keep_from, keep=None, visit=lambda h: None):
-        """Hidden states (1, T, D) after the last norm; what backward needs of the blocks from keep_from on (None: of
-        none), as much as keep says, one of block.KEEP."""
+    def _forward(self, packed, keep_from, keep=None):
+        """Hidden states (1, T, D) after the last norm, and the ForwardCache of the blocks from keep_from on (None: of
+        none), each with as much as keep says, one of block.KEEP."""
         h = self._embed(packed.tokens[None])
-        visit(h)
         lengths = np.diff(packed.cu_seqlens)
-        rope = self._rope(np.arange(len(packed.tokens)) - np.repeat(packed.cu_seqlens[:-1], lengths))
-        options, blocks = dict(rope=rope, cu_seqlens=packed.cu_seqlens), {}
+        positions = np.arange(len(packed.tokens)) - np.repeat(packed.cu_seqlens[:-1], lengths)
+        options, blocks = dict(shared=self._shared(positions), cu_seqlens=packed.cu_seqlens), {}
         for layer in self.layers:
             if keep_from is not None and layer.index >= keep_from:
                 h, blocks[layer.index] = block_forward_keeping(keep, h, layer, **options)
             else:
                 h = block_forward(h, layer, **options)[0]
-            visit(h)
-        h, norm = self.backend.rms_norm_forward(h, self.weights["output_norm.weight"], self.config.rms_norm_eps)
-        visit(h)
+        h, norm = self._final_norm(h)
         return h, ForwardCache(blocks, norm, options)
 
     def _embed(self, tokens):
         used, index = np.unique(tokens, return_inverse=True)
-        return self.backend.embedding_forward(index.reshape(tokens.shape), self.weights.rows("token_embd.weight", used))
+        h = self.backend.embedding_forward(index.reshape(tokens.shape), self.weights.rows("token_embd.weight", used))
+        self._observe("embed", h)
+        return h
 
-    def _rope(self, positions):
-        c = self.config
-        return self.backend.rope_tables(positions, c.rotary_dim, c.rope_theta,
-                                        c.mrope_section, self.dtype)
+    def _final_norm(self, h):
+        h, norm = self.backend.rms_norm_forward(h, self.weights["output_norm.weight"], self.config.rms_norm_eps)
+        self._observe("output_norm", h)
+        return h, norm
+
+    def _shared(self, positions):
+        """For each block what its mixer shares with others of its kind at these positions (L,)."""
+        kinds = {name: MIXERS[name] for name in self.config.layer_types}
+        shared = {name: kind.shared and kind.shared(self.config, self.backend, positions, self.dtype)
+                  for name, kind in kinds.items()}
+        return [shared[name] for name in self.config.layer_types]
 
     # ---- backward
 
@@ -189,6 +214,7 @@ class Qwen35:
         packed, targets = self._pack_with_targets(tokens, labels, lengths, cu_seqlens)
         h, cache = self._forward(packed, keep_from=lowest, keep=keep)
         loss, dh = self._head_loss(h, targets, grads)
+        self._observe("d.output_norm", dh)
         dh, dw = self.backend.rms_norm_backward(dh, cache.norm, need_dw=grads.base)
         if grads.base:
             grads.add("output_norm.weight", dw)
@@ -196,14 +222,15 @@ class Qwen35:
             dh = block_backward(dh, layer, cache.blocks.pop(layer.index), grads,
                                 need_dx=grads.base or layer.index > lowest, **cache.options)
         if grads.base:
+            self._observe("d.embed", dh)
             grads.add("token_embd.weight",
                       self.backend.embedding_backward(dh, packed.tokens[None], self.config.vocab_size))
         return loss, dict(grads)
 
     def _lowest_block(self, grads):
-        """The first block with a gradient to collect: backward ends there."""
-        every = DELTANET_TENSORS + ATTENTION_TENSORS + MLP_TENSORS
-        return next((layer.index for layer in self.layers if grads.wanted(layer, every)), len(self.layers))
+        """The first block with a gradient to collect, where backward ends."""
+        return next((layer.index for layer in self.layers
+                     if grads.wanted(layer, layer.mixer.linear_maps + layer.feed_forward.linear_maps)), len(self.layers))
 
     def _head_loss(self, h, targets, grads):
         """Cross-entropy of the head on h (1, T, D), a block of the vocabulary at a time.
@@ -230,7 +257,7 @@ class Qwen35:
             raise InputError("prefill needs at least one token")
         for start in range(0, batch.shape[1], PREFILL_TOKENS):
             h, state = self._continue(batch[:, start:start + PREFILL_TOKENS], state)
-        logits = self.weights.linear_forward(self.backend, [self.head], h[:, -1:])[0][:, 0]
+        logits = self._head_logits(h[:, -1:])[:, 0]
         return (logits[0] if tokens.ndim == 1 else logits), state
 
     def step(self, token, state):
@@ -245,12 +272,12 @@ class Qwen35:
         if state is None:
             state = State(0, (None,) * len(self.layers), attached)
         _check_same_adapters(state.attached, attached)
-        rope = self._rope(state.position + np.arange(L))
+        shared = self._shared(state.position + np.arange(L))
         h, blocks = self._embed(tokens), []
-        for layer, past in zip(self.layers, state.blocks):
-            h, past, _ = block_forward(h, layer, rope=rope, state=past)
+        for layer, past in zip(self.layers, state.blocks, strict=True):
+            h, past, _ = block_forward(h, layer, shared=shared, state=past)
             blocks.append(past)
-        h, _ = self.backend.rms_norm_forward(h, self.weights["output_norm.weight"], self.config.rms_norm_eps)
+        h, _ = self._final_norm(h)
         return h, State(state.position + L, tuple(blocks), attached)
 
     # ---- arguments
