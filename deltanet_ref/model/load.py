@@ -35,8 +35,8 @@ def weights_from_gguf(file, dtype, backend, mode: str = "mapped") -> tuple[Confi
     expected = expected_tensors(config)
     _check(file.path, {name: spec.shape for name, spec in expected.items()}, found)
     weights = Weights(config, {name: file.tensors[name] for name in expected}, dtype, backend, mode)
-    for name in expected:
-        if name.endswith(".ssm_a") and not np.all(weights[name] < 0):
+    for name, spec in expected.items():
+        if spec.value == "minus_exp" and not bool((weights[name] < 0).all()):
             raise InputError(f"{file.path}: {name} must hold -exp(A_log), which is negative, and does not: convert the "
                              "model again")
     return config, weights, notes

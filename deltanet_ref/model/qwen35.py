@@ -105,7 +105,8 @@ class Qwen35:
     def _check_fits(self, adapter):
         wrong = []
         for target in {name.rsplit(".lora_", 1)[0] for name in adapter.tensors}:
-            a, b = (np.shape(adapter.tensors.get(f"{target}.lora_{factor}", ())) for factor in "ab")
+            factors = (adapter.tensors.get(f"{target}.lora_{factor}") for factor in "ab")
+            a, b = (() if factor is None else factor.shape for factor in factors)
             if target not in self.weights or len(a) != 2 or b[1:] != a[:1] or (b[0], a[1]) != self.weights.shape(target):
                 wrong.append(target)
         if wrong:
