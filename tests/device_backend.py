@@ -1,7 +1,8 @@
 """A deliberately minimal backend whose arrays NumPy cannot touch, as those of a GPU.
 
-It has the required operators of backends/interface.py and no optional capability. Its arrays wrap NumPy's, and any NumPy
-function or implicit conversion raises: a model that runs on them uses only the backend's operators and array module.
+It has the required operators of backends/interface.py and no optional capability. Its arrays wrap NumPy's, and any
+NumPy function or implicit conversion raises: a model that runs on them uses only the backend's operators and array
+module.
 """
 import inspect
 import operator

@@ -1,4 +1,5 @@
-"""Every backend keeps the contract of backends/interface.py, and a model runs on a backend that has no more than that."""
+"""Every backend keeps the contract of backends/interface.py, and a model runs on a backend that has no more than
+that."""
 from types import SimpleNamespace
 
 import numpy as np

@@ -1,7 +1,8 @@
-"""A new mixer and a new feed-forward are a module each and a registry line: everything else derives from the description.
+"""A new mixer and a new feed-forward are a module each and a registry line: everything else derives from the
+description.
 
-The mixer is OLMo-Hybrid's variant of the delta rule, beta = 2 sigmoid(b) from separate projections without a convolution;
-the feed-forward squares its hidden features. No module of the package knows of either.
+The mixer is OLMo-Hybrid's variant of the delta rule, beta = 2 sigmoid(b) from separate projections without a
+convolution; the feed-forward squares its hidden features. No module of the package knows of either.
 """
 import json
 from typing import NamedTuple
@@ -158,9 +159,9 @@ def test_the_tensor_table_and_the_lora_targets_hold_what_the_description_says(co
 
 
 def test_gradients_are_those_of_the_loss(model):
-    """Every tensor's directional derivative against central differences of fourth order: at h = 1e-6 the rounding of the losses
-    is eps / h = 2e-10 of the loss, which has a factor of 50 in hand, and the truncation is below it: the sharpest step,
-    the L2 norm of keys as short as 1e-3, gives (h / 1e-3)^4 = 1e-12."""
+    """Every tensor's directional derivative against central differences of fourth order: at h = 1e-6 the rounding of
+    the losses is eps / h = 2e-10 of the loss, which has a factor of 50 in hand, and the truncation is below it: the
+    sharpest step, the L2 norm of keys as short as 1e-3, gives (h / 1e-3)^4 = 1e-12."""
     loss, grads = model.loss_and_grads(IDS, IDS)
     assert set(grads) == set(model.weights)
     rng, h = np.random.default_rng(2), 1e-6
@@ -191,7 +192,8 @@ def test_recomputing_gives_the_same_gradients_of_an_adapter(model, keep):
 
 
 def test_prefill_and_steps_give_the_logits_of_the_full_forward(model):
-    """By the recurrence or by chunks: float64 rounding of sums over up to 71 tokens, 1e-12 with a factor of 100 in hand."""
+    """By the recurrence or by chunks: float64 rounding of sums over up to 71 tokens, 1e-12 with a factor of 100 in
+    hand."""
     logits, state = model.logits(IDS)[0], None
     for piece in (IDS[0, :30], IDS[0, 30:60], *IDS[0, 60:].tolist()):
         last, state = (model.prefill if np.ndim(piece) else model.step)(piece, state)

@@ -195,7 +195,7 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together(tmp_path):
     text = str(error.value)
     assert "2 missing: blk.0.ssm_norm.weight, output_norm.weight" in text
     assert "2 unexpected: blk.4.attn_q.weight, rope_freqs.weight" in text
-    assert "1 misshapen" in text and "blk.1.ffn_up.weight is (20, 28), not (28, 20)" in text and "\n" not in text
+    assert "1 with the wrong shape" in text and "blk.1.ffn_up.weight is (20, 28), not (28, 20)" in text and "\n" not in text
 
 
 def test_a_long_list_is_cut_and_counted(tmp_path):
@@ -236,7 +236,7 @@ def test_files_that_are_no_model_are_refused_by_name(tmp_path):
     for path, metadata, some, match in [
             ("moe.gguf", {"general.architecture": "qwen35moe"}, tensors, "qwen35moe"),
             ("lora.gguf", {"general.type": "adapter"}, tensors, "adapter.*base model"),
-            ("vocabulary.gguf", {}, {}, "holds no tensors"),
+            ("vocabulary.gguf", {}, {}, "contains no tensors"),
             ("decay.gguf", {}, tensors | {"blk.3.ssm_a": -tensors["blk.3.ssm_a"]}, r"blk.3.ssm_a.*negative")]:
         with pytest.raises(InputError, match=f"{path}.*{match}"):
             weights_from_gguf(write_model(tmp_path / path, config, some, **metadata), "float32", ops)

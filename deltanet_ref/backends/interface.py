@@ -1,9 +1,9 @@
 """THE contract of a backend: every name, its signature, and what is done without an optional capability.
 
 A backend is a module (deltanet_ref.ops, backends.numba_cpu) with all names of Backend. The operators compute what their
-namesakes in ops define, for arrays of the module `xp`; their docstrings in ops give shapes, returns and errors. Backward
-takes the cache of its own forward and returns new arrays. Token ids, labels, cu_seqlens and positions are NumPy arrays
-on the host in every backend.
+namesakes in ops define, for arrays of the module `xp`; their docstrings in ops give shapes, returns and errors.
+Backward takes the cache of its own forward and returns new arrays. Token ids, labels, cu_seqlens and positions are
+NumPy arrays on the host in every backend.
 
 An optional capability that a backend lacks has the value None. To add a backend: write the module, add it to BACKENDS,
 and let tests/test_backend_interface.py hold it to this file.
@@ -25,7 +25,7 @@ class StoredTensors(Protocol):
     """
     few_rows: int             # up to this many rows of x, the stored form is faster than a decoded copy that is kept
 
-    def decodes(type, shape) -> bool: ...                                  # whether the other functions take such a tensor
+    def decodes(type, shape) -> bool: ...                                  # whether the products take such a tensor
     def dequantize(raw, type, shape, dtype=np.float32) -> Array: ...       # any type that formats.quants decodes
     def linear_forward(x: Array, tensors: list) -> list: ...               # x w^T for each tensor w; float32
     def linear_backward_input(dy: Array, tensor) -> Array: ...             # dy w; float32
@@ -41,7 +41,7 @@ class Backend(Protocol):
     device: str | None        # the device in words, for messages and reports. None: the CPU
     set_threads: Callable | None       # n -> the number so far; the kernels' threads. None: only the BLAS is limited
     stored: StoredTensors | None       # None: formats.quants decodes a tensor, linear_* multiply it
-    delta_layer_step: Callable | None  # one token of a delta layer between its projections. None: operator by operator
+    delta_layer_step: Callable | None  # one token of a delta layer between projections. None: the operators do it
 
     # ---- operators
     def adamw_update(p, g, m, v, *, t, lr, betas, eps, weight_decay): ...
@@ -82,7 +82,8 @@ class Backend(Protocol):
 
 
 def _delta_layer_step(qkv, z, b, a, conv_state, S, *, conv, decay, dt_bias, norm, eps, head_order):
-    """o (N, H_v, d_v), conv_state, S after one token of each of N sequences: steps 2 .. 6 of model.layers.gated_deltanet.
+    """o (N, H_v, d_v), conv_state, S after one token of each of N sequences: steps 2 .. 6 of
+    model.layers.gated_deltanet.
 
     qkv (N, 2 H_k d_k + H_v d_v); z (N, H_v d_v); b, a (N, H_v); conv_state (N, K - 1, channels); S (N, H_v, d_k, d_v)
     conv (channels, K); decay = -exp(A_log), dt_bias (H_v,); norm (d_v,); eps of the norm

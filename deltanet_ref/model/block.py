@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltanet_ref.model.layer import Layer, LinearCache
+from deltanet_ref.model.layer import Layer
 from deltanet_ref.model.layers.kind import Stage, TensorRow
 
 KEEP = ("everything", "products", "inputs")

@@ -57,7 +57,7 @@ class Config(*PARTS):
     """Every size of the model, under HF's field names. Checked when made: InputError lists all that is wrong."""
     vocab_size: int
     num_hidden_layers: int
-    layer_types: tuple            # of each layer a key of layers.MIXERS: "linear_attention" (Gated DeltaNet), "full_attention"
+    layer_types: tuple            # of each layer a key of layers.MIXERS, such as "linear_attention" (Gated DeltaNet)
     mlp_layer_types: tuple = ()   # of each layer a key of layers.FEED_FORWARDS; () means "dense" for all
     tie_word_embeddings: bool
 

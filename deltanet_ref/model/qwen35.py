@@ -107,17 +107,19 @@ class Qwen35:
         for target in {name.rsplit(".lora_", 1)[0] for name in adapter.tensors}:
             factors = (adapter.tensors.get(f"{target}.lora_{factor}") for factor in "ab")
             a, b = (() if factor is None else factor.shape for factor in factors)
-            if target not in self.weights or len(a) != 2 or b[1:] != a[:1] or (b[0], a[1]) != self.weights.shape(target):
+            fits = target in self.weights and len(a) == 2 and b[1:] == a[:1]
+            if not fits or (b[0], a[1]) != self.weights.shape(target):
                 wrong.append(target)
         if wrong:
-            raise InputError(f"the adapter does not fit this model at {len(wrong)} tensors, such as {min(wrong)}: "
+            raise InputError(f"the adapter does not fit this model in {len(wrong)} tensor(s), such as {min(wrong)}: "
                              "it was made for another base")
 
     def _trained(self):
         attached = list(self.adapters.values())
         chosen = [a for a in attached if a.trainable] or attached
         if len(chosen) != 1:
-            raise InputError(f"wrt='lora' needs one trainable adapter, or only one attached; {len(attached)} are attached")
+            raise InputError(f"wrt='lora' needs one trainable adapter, or exactly one attached; {len(attached)} are "
+                             "attached")
         return chosen[0]
 
     # ---- forward
@@ -151,10 +153,10 @@ class Qwen35:
         return self.weights.linear_forward([self.head], h)[0]
 
     def loss(self, tokens, labels, lengths=None, cu_seqlens=None):
-        """Mean cross-entropy over the kept labels, in nats.
+        """Mean cross-entropy over the labels that are not ignored, in nats.
 
-        labels (B, L) aligned with tokens: the label at t is what the tokens before t should predict (the shift is
-        inside, and never reaches across sequences); -100 is ignored. 0.0 when nothing is kept.
+        labels (B, L), aligned with tokens: the label at t is the target of the tokens before t (the shift happens
+        inside and never crosses sequences); -100 is ignored. 0.0 when all are.
         """
         packed, targets = self._pack_with_targets(tokens, labels, lengths, cu_seqlens)
         h, _ = self._forward(packed, keep_from=None)
@@ -163,7 +165,7 @@ class Qwen35:
 
     def _forward(self, packed, keep_from, keep=None):
         """Hidden states (1, T, D) after the last norm, and the ForwardCache of the blocks from keep_from on (None: of
-        none), each with as much as keep says, one of block.KEEP."""
+        no block); keep, one of block.KEEP, sets what each of them keeps."""
         h = self._embed(packed.tokens[None])
         lengths = np.diff(packed.cu_seqlens)
         positions = np.arange(len(packed.tokens)) - np.repeat(packed.cu_seqlens[:-1], lengths)
@@ -188,7 +190,7 @@ class Qwen35:
         return h, norm
 
     def _shared(self, positions):
-        """For each block what its mixer shares with others of its kind at these positions (L,)."""
+        """For each block what its mixer shares with the others of its kind at these positions (L,)."""
         kinds = {name: MIXERS[name] for name in self.config.layer_types}
         shared = {name: kind.shared and kind.shared(self.config, self.backend, positions, self.dtype)
                   for name, kind in kinds.items()}
@@ -199,12 +201,15 @@ class Qwen35:
     def loss_and_grads(self, tokens, labels, lengths=None, wrt="all", cu_seqlens=None, keep="products"):
         """The loss and its gradient with respect to every base tensor ("all") or to the adapter's factors ("lora").
 
-        Arguments as loss. Returns loss, {GGUF tensor name: array}; factors are named "<tensor>.lora_a" and ".lora_b".
-        A tied token_embd.weight includes the head's part. With "lora" nothing is computed that the factors do not need.
+        Arguments as for loss. Returns loss, {GGUF tensor name: array}; factors are named "<tensor>.lora_a" and
+        ".lora_b". The gradient of a tied token_embd.weight includes the head's part. With "lora" only what the factors
+        need is computed.
 
-        keep: what stays of each block between forward and backward: "everything" (nothing is computed twice),
-        "products" (no product with a weight is), or "inputs" alone (checkpointing: every block is computed twice). The
-        gradients are the same to the bit; model/block.py counts the memory.
+        keep: what each block keeps between forward and backward: "everything" (nothing is computed twice), "products"
+        (no product with a weight is computed twice), or "inputs" (checkpointing: every block is computed twice). The
+        gradients are equal to the bit; model/block.py lists the memory.
+
+        Raises InputError for an unknown wrt or keep, and for "lora" without exactly one trainable or attached adapter.
         """
         if wrt not in ("all", "lora"):
             raise InputError(f"wrt={wrt!r} is unknown: use 'all' (every base tensor) or 'lora' (the adapter's factors)")
@@ -230,13 +235,14 @@ class Qwen35:
 
     def _lowest_block(self, grads):
         """The first block with a gradient to collect, where backward ends."""
-        return next((layer.index for layer in self.layers
-                     if grads.wanted(layer, layer.mixer.linear_maps + layer.feed_forward.linear_maps)), len(self.layers))
+        wanted = (layer.index for layer in self.layers
+                  if grads.wanted(layer, layer.mixer.linear_maps + layer.feed_forward.linear_maps))
+        return next(wanted, len(self.layers))
 
     def _head_loss(self, h, targets, grads):
-        """Cross-entropy of the head on h (1, T, D), a block of the vocabulary at a time.
+        """Cross-entropy of the head on h (1, T, D), one block of the vocabulary at a time.
 
-        grads None: only the loss. Otherwise loss and dh, and the head's gradient in grads when the base is trained.
+        grads None: only the loss. Otherwise loss and dh; the head's gradient goes to grads when the base is trained.
         """
         head = HeadRows(self.weights, self.head)
         loss, cache = self.backend.linear_cross_entropy_forward(h[0], head, targets, need_gradient=grads is not None)
@@ -250,7 +256,11 @@ class Qwen35:
     # ---- token by token
 
     def prefill(self, tokens, state=None):
-        """Read tokens (L,) or (B, L), after those already in state. Returns the last token's logits (V,) or (B, V), state."""
+        """Process tokens (L,) or (B, L) after those already in state; returns the last token's logits (V,) or (B, V),
+        state.
+
+        Raises InputError for no tokens, tokens outside the vocabulary, or a state of other adapters.
+        """
         tokens = np.asarray(tokens)
         batch = self._tokens(tokens[None] if tokens.ndim == 1 else tokens)
         self._check_range(batch)
@@ -262,7 +272,8 @@ class Qwen35:
         return (logits[0] if tokens.ndim == 1 else logits), state
 
     def step(self, token, state):
-        """One token, an int or (B,), by the recurrence. Returns the next logits (V,) or (B, V), and the new state."""
+        """Process one token, an int or (B,), by the recurrence; returns the next logits (V,) or (B, V), and the
+        state."""
         token = np.asarray(token)
         logits, state = self.prefill(token.reshape(-1, 1), state)
         return (logits[0] if token.ndim == 0 else logits), state
@@ -286,7 +297,7 @@ class Qwen35:
     def _tokens(self, tokens):
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-            raise InputError(f"tokens must be whole numbers of shape (B, L); they are {tokens.dtype} {tokens.shape}")
+            raise InputError(f"tokens must be integers of shape (B, L); they are {tokens.dtype} {tokens.shape}")
         return tokens
 
     def _check_range(self, tokens):
@@ -295,7 +306,7 @@ class Qwen35:
             raise InputError(f"token {wrong[0]} is outside the vocabulary of {self.config.vocab_size}")
 
     def _pack(self, tokens, lengths, cu_seqlens):
-        """(B, L) with its padding left out -> Packed."""
+        """(B, L) without its padding -> Packed."""
         B, L = tokens.shape
         if cu_seqlens is not None:
             if lengths is not None:
@@ -305,7 +316,7 @@ class Qwen35:
         else:
             lengths = np.full(B, L) if lengths is None else np.asarray(lengths)
             if lengths.shape != (B,) or (lengths < 0).any() or (lengths > L).any():
-                raise InputError(f"lengths must be {B} whole numbers from 0 to {L}; they are {lengths.tolist()}")
+                raise InputError(f"lengths must be {B} integers from 0 to {L}; they are {lengths.tolist()}")
             cu = np.concatenate([[0], np.cumsum(lengths)])
             place = np.nonzero(np.arange(L) < lengths[:, None])
         flat = tokens[place]
@@ -315,7 +326,7 @@ class Qwen35:
         return Packed(flat, cu, place)
 
     def _pack_with_targets(self, tokens, labels, lengths, cu_seqlens):
-        """Packed, and for each of its tokens the label of the next one in its sequence (-100 for the last)."""
+        """Packed, and for each token the label of the next one in its sequence (-100 for the last)."""
         tokens, labels = self._tokens(tokens), np.asarray(labels)
         if labels.shape != tokens.shape:
             raise InputError(f"labels have shape {labels.shape}, tokens {tokens.shape}; they must be aligned")
@@ -327,12 +338,12 @@ class Qwen35:
 
 
 def _check_same_adapters(before, now):
-    """Raises InputError when a state would be continued under other adapters than those that acted on it. Only an
-    activated LoRA may join: what comes before its invocation tokens is the base's."""
+    """Raises InputError when a state would be continued under other adapters than those that produced it. Only an
+    activated LoRA may be added: before its invocation tokens the base alone acts."""
     def without(some, others):
         return [adapter for adapter, scale in some if not any(adapter is a and scale == s for a, s in others)]
 
     joined = [adapter for adapter in without(now, before) if "invocation_tokens" not in adapter.metadata]
     if joined or without(before, now):
-        raise InputError("this state was made under other adapters, or other scales, than those attached now: read the "
-                         "prompt again with state=None")
+        raise InputError("this state was produced with other adapters, or other scales, than those attached now: "
+                         "process the prompt again with state=None")

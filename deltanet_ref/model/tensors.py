@@ -1,10 +1,12 @@
 """THE tensor table: each tensor's name in GGUF and in HF, its shape, its V-head order, and what its values are.
 
-The model keeps the form of the GGUF file. From HF's form it differs in three ways, each a column of the table:
+The model keeps the form of the GGUF file. It differs from HF's form in three ways, each a column of the table:
 
-    V heads     grouped in HF (head h reads key head h // (H_v / H_k)), tiled in GGUF (h % H_k): an axis is permuted
+    V heads     grouped in HF (head h reads key head h // (H_v / H_k)), tiled in GGUF (h % H_k): one axis is permuted
     value       norms hold 1 + w (except ssm_norm), ssm_a holds -exp(A_log)
-    shape       the convolution's kernel (channels, 1, K) is squeezed to (channels, K)
+    shape       the convolution kernel (channels, 1, K) is squeezed to (channels, K)
+
+The rows come from model/layers and model/block.py.
 """
 from typing import NamedTuple
 
@@ -87,17 +89,17 @@ def linear_tensors(config):
 
 
 def tiled_from_grouped(H_k, H_v, *, size=1, start=0):
-    """Index p, int (start + H_v size,), with x_tiled = x_grouped[p].
+    """The index p, int (start + H_v size,), with x_tiled = x_grouped[p].
 
-    Tiled head r H_k + k is grouped head k R + r, with R = H_v / H_k. The first `start` entries (q and k channels) stay;
-    each head moves as a block of `size` entries.
+    Tiled head r H_k + k is grouped head k R + r, with R = H_v / H_k. The first `start` entries (q and k channels) stay
+    in place; each head moves as a block of `size` entries.
     """
     heads = np.arange(H_v).reshape(H_k, H_v // H_k).T.reshape(-1)
     return _blocks(heads, size, start)
 
 
 def grouped_from_tiled(H_k, H_v, *, size=1, start=0):
-    """Index p with x_grouped = x_tiled[p], the inverse of tiled_from_grouped."""
+    """The index p with x_grouped = x_tiled[p], the inverse of tiled_from_grouped."""
     heads = np.arange(H_v).reshape(H_v // H_k, H_k).T.reshape(-1)
     return _blocks(heads, size, start)
 
@@ -108,11 +110,11 @@ def _blocks(heads, size, start):
 
 
 def to_gguf_form(x, spec, config):
-    """Brings an HF tensor, a float array of the model's dtype, to GGUF's form: value, shape and V-head order."""
+    """Converts an HF tensor, a float array of the model's dtype, to GGUF's form: value, shape and V-head order."""
     if spec.value == "one_plus":
         x = 1 + x
     elif spec.value == "minus_exp":
-        with np.errstate(over="ignore"):        # a decay to nothing at once
+        with np.errstate(over="ignore"):        # an infinite rate: the state is forgotten at once
             x = -np.exp(x)
     elif spec.value == "squeeze":
         x = x[:, 0, :]
@@ -122,7 +124,8 @@ def to_gguf_form(x, spec, config):
 
 
 def to_hf_form(x, spec, config):
-    """Brings a GGUF tensor to HF's form, the inverse of to_gguf_form. x float64, or float32 where spec.value is "same"."""
+    """Converts a GGUF tensor to HF's form, the inverse of to_gguf_form. x float64, or float32 where spec.value is
+    "same"."""
     if spec.v_heads is not None and config.linear_num_key_heads != config.linear_num_value_heads:
         x = np.take(x, v_head_index(spec, config, to="grouped"), axis=spec.v_heads.axis)
     if spec.value == "one_plus":
@@ -138,7 +141,7 @@ def hf_shape(spec):
 
 
 def v_head_index(spec, config, *, to):
-    """The index that brings spec's V-head axis to the order `to`: "tiled" (GGUF) or "grouped" (HF)."""
+    """The index that reorders spec's V-head axis to `to`: "tiled" (GGUF) or "grouped" (HF)."""
     index = {"tiled": tiled_from_grouped, "grouped": grouped_from_tiled}[to]
     return index(config.linear_num_key_heads, config.linear_num_value_heads, size=spec.v_heads.size,
                  start=spec.v_heads.start)

@@ -24,9 +24,9 @@ class Weights(Mapping):
     w[name] = array. A tensor with values that are not finite raises InputError when it is first used.
 
     stored   name -> GGUFTensor or array
-    mode     "mapped": a tensor is decoded at each use. "expanded": once, when it is first needed as a whole, and kept in
-             the model's dtype. "auto": mapped where the backend decodes the type fast, which costs 2 % of a pass over
-             many tokens; the others expanded, if together they take at most SHARE of the available memory
+    mode     "mapped": a tensor is decoded at each use. "expanded": once, when it is first needed as a whole, and kept
+             in the model's dtype. "auto": mapped where the backend decodes the type fast, which costs 2 % of a pass
+             over many tokens; the others expanded, if together they take at most SHARE of the available memory
     backend  backends.interface.Backend: where the arrays live and what multiplies them
     """
 

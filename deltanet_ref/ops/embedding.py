@@ -1,4 +1,4 @@
-"""Rows of a table by token. Derivation: docs/derivations/linear-and-lora.md."""
+"""Embedding: rows of a table by token. Derivation: docs/derivations/linear-and-lora.md."""
 import numpy as np
 
 from deltanet_ref.errors import InputError

@@ -1,7 +1,7 @@
 """Low-rank updates of linear maps that read the same input. Derivation: docs/derivations/linear-and-lora.md.
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3. The factors a of all updates are
-stacked, so that h, da and dx are one matrix product each, however many maps and adapters there are.
+stacked, so that h, da and dx take one matrix product each, whatever the number of maps and adapters.
 """
 from types import ModuleType
 from typing import NamedTuple
@@ -53,7 +53,8 @@ def forward(linear: ModuleType, ys: list | None, x: np.ndarray, updates: list) -
     """lora_forward with the linear maps of a module like ops.linear."""
     for u in updates:
         if u.a.shape[0] != u.b.shape[1]:
-            raise InputError(f"a is {u.a.shape} and b {u.b.shape}: they must be (r, in) and (out, r) with the same rank r")
+            raise InputError(f"a is {u.a.shape} and b {u.b.shape}: they must be (r, in) and (out, r) with the same "
+                             "rank r")
     if not updates:
         return LoraCache(x, [], [])
     h = linear.linear_forward(x, _concatenate([u.a for u in updates], 0))                  # 1  h = scale x a^T

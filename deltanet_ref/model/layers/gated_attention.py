@@ -1,4 +1,5 @@
-"""Gated softmax attention as a layer of Qwen3.5: q, k normed per head, partial rotary, grouped queries, a sigmoid gate."""
+"""Gated softmax attention as a layer of Qwen3.5: q, k normed per head, partial rotary, grouped queries, a sigmoid
+gate."""
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
@@ -47,7 +48,7 @@ class AttentionFields(Fields):
     head_dim: int = size("attention.key_length", 256)
     rope_theta: float = size("rope.freq_base", kind=np.float32)
     partial_rotary_factor: float              # GGUF: rope.dimension_count / attention.key_length
-    mrope_section: tuple                      # frequencies that follow the t, h and w position (text: all three are equal)
+    mrope_section: tuple                      # frequencies that follow the t, h and w position (text: all equal)
 
     @property
     def rotary_dim(self) -> int:

@@ -80,7 +80,8 @@ class DeltaNetFields(Fields):
         values = super().from_gguf(keys)
         inner, heads = keys.number("ssm.inner_size"), values["linear_num_value_heads"]
         if heads < 1 or inner % heads:
-            keys.problems.append(f"{keys.full('ssm.inner_size')} {inner} is not a multiple of ssm.time_step_rank {heads}")
+            keys.problems.append(f"{keys.full('ssm.inner_size')} {inner} is not a multiple of ssm.time_step_rank "
+                                 f"{heads}")
         return values | {"linear_value_head_dim": inner // max(heads, 1)}
 
     @classmethod

@@ -1,7 +1,7 @@
 """What a kind of layer is: one object that holds everything the rest of the project knows about it.
 
-From it are derived: the fields of the configuration, the tensor table (and with it loading, conversion, LoRA targets and
-the search for gradients), the stages of a trace, state, forward and backward.
+From it are derived: the fields of the configuration, the tensor table (and with it loading, conversion, LoRA targets
+and the search for gradients), the stages of a trace, state, forward and backward.
 """
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -24,7 +24,8 @@ def size(gguf: str, default: int | float | None = None, kind: type = np.uint32):
 class Fields:
     """Configuration fields of one kind of layer, under HF's names; a subclass declares them and derives sizes.
 
-    Config inherits from the Fields of all kinds and calls these methods on each of them by name: DeltaNetFields.to_gguf(config).
+    Config inherits from the Fields of all kinds and calls these methods on each of them by name:
+    DeltaNetFields.to_gguf(config).
     """
 
     @classmethod
@@ -62,7 +63,7 @@ class TensorRow(NamedTuple):
     name: str                       # GGUF: "attn_qkv.weight", within the block
     hf_name: str                    # HF: "linear_attn.in_proj_qkv.weight", within the layer
     shape: tuple                    # letters, rows first, as GGUF stores it
-    v_heads: tuple | None = None    # axis over the value heads: (axis, letter of the entries before them, letter of a head's)
+    v_heads: tuple | None = None    # (axis over the value heads, letter of the entries before them, letter of a head's)
     value: str = "same"             # GGUF's value from HF's: "same", "one_plus", "minus_exp" or "squeeze"
     linear: bool = False            # y = x w^T: a LoRA target
 
