@@ -353,7 +353,7 @@ def test_what_is_no_array_and_what_is_missing_everywhere_has_no_suspect():
     cases = DENSE[:9]
     report = judge(lambda *a, **k: (o for o in loop_forward(*a, **k)), cases=cases)
     assert {result.status for result in report.cases} == {"ERROR"} and report.suspects == []
-    assert "no array" in report.cases[0].message
+    assert "not an array" in report.cases[0].message
     report = judge(lambda *a, **k: (None, loop_forward(*a, **k)[1]), cases=cases)
     assert {result.status for result in report.cases} == {"MISSING"} and report.suspects == []
     slots = judge(loop_forward, lambda *a, **k: (lambda dq, dk, dv, *rest: (dv, dk, dq, *rest))(*loop_backward(*a, **k)),
@@ -467,7 +467,7 @@ def test_hanging_and_dying_callables_cost_only_their_case(capsys, tmp_path):
     (["--exec", "cat '{in} {out}"], "No closing quotation"),
     ([f"{KERNELS}:loop_forward", "--timeout", "nan"], "--timeout"),
     (["--exec", "cat {in} {out}", "--backward", "autograd"], "--backward"),
-    (["--results", "no-such-directory"], "is no directory"),
+    (["--results", "no-such-directory"], "is not a directory"),
 ])
 def test_bad_usage_is_one_line_and_exit_status_2(capsys, words, says):
     status, report, err = command(capsys, *words)

@@ -8,13 +8,13 @@ import mpmath
 import numpy as np
 import pytest
 
-from deltanet_ref.oracle import generate
 from deltanet_ref.oracle.cases import CASES, GROUPS, bfloat16, float32, make_inputs
 from deltanet_ref.oracle.catalogue import CATALOGUE
 from deltanet_ref.oracle.chunk_by_chunk import BACKWARD, FORWARD
 from deltanet_ref.oracle.derivative import complex_step_gradient
 from deltanet_ref.oracle.expected import VECTORS, expected
 from deltanet_ref.oracle.flags import FLAGS
+from deltanet_ref.oracle.make_vectors import verify_vectors, write_vectors
 from deltanet_ref.oracle.noise import relative_error
 from deltanet_ref.oracle.operators import OPERATORS, in_dtype
 from deltanet_ref.formats.safetensors import read_safetensors
@@ -100,12 +100,12 @@ def test_cases_have_the_properties_that_their_flags_claim():
 
 def test_the_generator_gives_the_vectors_again():
     """On the machine that made them bit for bit, elsewhere within 1e-12 of the scale, which is what this accepts."""
-    assert generate.verify_vectors(VECTORS) == []
+    assert verify_vectors(VECTORS) == []
 
 
 def test_files_made_twice_are_the_same_bytes(tmp_path):
     for run in ("first", "second"):
-        generate.write_vectors(tmp_path / run, ["packed", "step", "conv", "model"])
+        write_vectors(tmp_path / run, ["packed", "step", "conv", "model"])
     assert (tmp_path / "first" / "SHA256SUMS").read_text() == (tmp_path / "second" / "SHA256SUMS").read_text()
 
 
@@ -115,7 +115,7 @@ def test_verification_finds_one_changed_number(tmp_path):
     data = bytearray((tmp_path / "conv.safetensors").read_bytes())
     data[-5] ^= 16          # in the exponent of the last float32 but one
     (tmp_path / "conv.safetensors").write_bytes(data)
-    wrong = generate.verify_vectors(tmp_path, ["conv"])
+    wrong = verify_vectors(tmp_path, ["conv"])
     assert len(wrong) == 2 and "sha256" in wrong[0] and "conv/" in wrong[1]
 
 
