@@ -269,7 +269,7 @@ def test_an_adapter_that_would_do_nothing_is_refused_with_the_likely_cause(tmp_p
     ({"use_dora": True, "modules_to_save": ["lm_head"], "bias": "all"}, ["use_dora", "modules_to_save", "bias ="]),
     ({"init_lora_weights": "pissa_niter_4"}, ["pissa"]),
     ({"peft_type": "IA3"}, ["peft_type"]), ({"lora_alpha": 0}, ["alpha 0"]), ({"r": 6}, ["is (4, 64)", "r = 6"]),
-    ({"rank_pattern": {"(": 3}}, ["cannot be used"]),
+    ({"rank_pattern": {"(": 3}}, ["cannot be read"]),
 ])
 def test_what_gguf_cannot_express_is_refused(changes, parts, tmp_path):
     with pytest.raises(InputError) as error:

@@ -192,7 +192,7 @@ def _by_module(peft, modules, patterns, default, where):
                                   capture_output=True, text=True, timeout=_PATTERN_SECONDS)
             matched = json.loads(done.stdout)
         except (subprocess.TimeoutExpired, ValueError) as error:
-            raise InputError(f"{where}: {patterns} cannot be used: it holds an invalid regular expression, or one "
+            raise InputError(f"{where}: {patterns} cannot be read: it holds an invalid regular expression, or one "
                              f"that takes more than {_PATTERN_SECONDS} s; write the modules' names instead") from error
     return {module: next((value for value, found in zip(values.values(), matched) if module in found),
                          peft.get(default, 8)) for module in modules}
