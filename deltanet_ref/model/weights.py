@@ -98,7 +98,7 @@ class Weights(Mapping):
         if name in self._checked:
             return
         tensor = self._stored[name]
-        if not (quants.is_finite(tensor.raw, tensor.type) if self._is_stored(name) else self._is_finite(tensor)):
+        if not (quants.stored_finite(tensor.raw, tensor.type) if self._is_stored(name) else self._is_finite(tensor)):
             raise InputError(f"{name} holds values that are not finite (NaN or infinity): the file is damaged or its "
                              "training diverged; download or convert the model again")
         self._checked.add(name)
