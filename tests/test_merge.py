@@ -15,11 +15,11 @@ from deltanet_ref.errors import InputError
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
 from deltanet_ref.lora.merge import merge
 from deltanet_ref.model.convert import open_base, write_base
-from tests.delta_rule import relative
 from tests.paths import FIXTURES
 from tests.test_adapter import random_adapter, small_model
 from tests.test_convert import stored
 from tests.test_load import random_tensors, small_config, write_model
+from tests.tolerances import relative
 
 MODELS = ["eq", "grouped"]
 
