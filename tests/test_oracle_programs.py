@@ -15,6 +15,7 @@ from deltanet_ref.oracle.cases import CASES, make_inputs, select
 from deltanet_ref.oracle.exchange import FORMATS, read_answers, write_case
 from deltanet_ref.oracle.expected import expected
 from tests.oracle_kernels import loop_backward, loop_forward
+from tests.tolerances import assert_identical
 
 EXAMPLES = Path(deltanet_ref.oracle.__file__).parent / "examples"
 NAMES = ("o", "S_end", "dq", "dk", "dv", "dg", "dbeta", "dS0")
@@ -179,9 +180,9 @@ def test_exported_cases_hold_the_inputs_and_the_answers(capsys, tmp_path, format
     case = CASES["delta/grouped-heads"]
     inputs, right = (read_answers(tmp_path / f"{case.id}.{part}.{format}") for part in ("in", "expected"))
     for name, value in make_inputs(case).items():
-        np.testing.assert_array_equal(inputs[name].ravel(), np.ravel(value))
+        assert_identical(f"input {name}", inputs[name].ravel(), np.ravel(value))
     for name, value in expected(case).values.items():
-        np.testing.assert_array_equal(right[name].ravel(), value.ravel())
+        assert_identical(name, right[name].ravel(), value.ravel())
         assert right[f"{name}.floor"].shape == (2,)
     assert (tmp_path / f"conv/packed.in.{format}").exists()
 

@@ -46,6 +46,22 @@ def noise_floors(compute, arguments, dtype, draws=4):
     return half_ulp(dtype) * (moved / step + [np.linalg.norm(e) for e in exact])
 
 
+def weight_floors(model, compute, dtype, draws=3):
+    """Noise floors of compute(model), a list of arrays, when every weight of the float64 model moves."""
+    weights = {name: model.weights[name] for name in model.weights}
+
+    def with_weights(arrays):
+        for name, x in zip(weights, arrays):
+            model.weights[name] = x
+        return compute(model)
+
+    try:
+        return noise_floors(with_weights, list(weights.values()), dtype, draws)
+    finally:
+        for name, x in weights.items():
+            model.weights[name] = x
+
+
 def relative(got, want):
     """Norm of the difference over the norm of want; infinite if got has a value that is not finite."""
     assert np.shape(got) == np.shape(want), f"shape {np.shape(got)}, expected {np.shape(want)}"
@@ -68,8 +84,9 @@ def assert_within(name, got, want, bound):
     bad = np.argwhere(~(off <= bound))
     if len(bad):
         worst = tuple(max(bad, key=lambda i: off[tuple(i)]))
+        limit = np.broadcast_to(bound, off.shape)[worst]
         raise AssertionError(f"{name}: {len(bad)} of {off.size} values beyond their bound; {_values(got, want, worst)}, "
-                             f"off by {off[worst]:.3g}, bound {np.broadcast_to(bound, off.shape)[worst]:.3g}")
+                             f"off by {off[worst]:.3g}, bound {limit:.3g}")
 
 
 def assert_within_floors(names, got, exact, floors, factor):
@@ -91,8 +108,8 @@ def assert_identical(name, got, want):
     assert got.dtype == want.dtype, f"{name}: dtype {got.dtype}, expected {want.dtype}"
     bad = np.argwhere((got != want) & ~((got != got) & (want != want)))
     if len(bad):
-        raise AssertionError(f"{name}: {len(bad)} of {got.size} values differ, the first: {_values(got, want, tuple(bad[0]))}; "
-                             + _largest(got, want))
+        first = _values(got, want, tuple(bad[0]))
+        raise AssertionError(f"{name}: {len(bad)} of {got.size} values differ; first: {first}; {_largest(got, want)}")
 
 
 def _same_shape(name, got, want):

@@ -58,13 +58,12 @@ def export(cases, directory, format):
     """DIR/CASE-ID.in.FORMAT holds the inputs, DIR/CASE-ID.expected.FORMAT the answers, their scales and floors."""
     from deltanet_ref.oracle.cases import make_inputs
     from deltanet_ref.oracle.exchange import write_case
-    from deltanet_ref.oracle.generate import make_entry
+    from deltanet_ref.oracle.expected import expected
 
     for case in cases:
         inputs = make_inputs(case)
         target = directory / case.id
         target.parent.mkdir(parents=True, exist_ok=True)
         write_case(f"{target}.in.{format}", inputs)
-        answers = {name: array for name, array in make_entry(case)[1].items() if name not in inputs}
-        write_case(f"{target}.expected.{format}", answers)
+        write_case(f"{target}.expected.{format}", expected(case).tensors())
     print(f"{len(cases)} cases written to {directory}, CASE-ID.in.{format} and CASE-ID.expected.{format}")

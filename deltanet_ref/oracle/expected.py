@@ -23,6 +23,15 @@ class Expected(NamedTuple):
     floors: dict              # the same names -> {"float32": ..., "bfloat16": ...}
     sample: np.ndarray | None # the tokens that o and the gradients hold; None for all
 
+    def tensors(self):
+        """The arrays of a vector file: each value, NAME.scale and NAME.floor (float32, bfloat16 or 0)."""
+        tensors = {}
+        for name, value in self.values.items():
+            floor = [self.floors[name]["float32"], self.floors[name].get("bfloat16", 0.0)]
+            tensors |= {name: value, f"{name}.scale": self.scales[name].astype(np.float32),
+                        f"{name}.floor": np.array(floor, np.float32)}
+        return tensors
+
 
 def compute(case, x=None):
     """Expected of the case, or of other inputs x (as make_inputs gives them) for the same case."""

@@ -66,10 +66,8 @@ def make_entry(case):
         digest.update(value.tobytes())
     for name, value in right.values.items():
         role = "output" if name in op.outputs else "gradient" if name in op.gradients else "intermediate"
-        tensors[name], tensors[f"{name}.scale"] = value, right.scales[name].astype(np.float32)
-        floor = right.floors[name]
-        tensors[f"{name}.floor"] = np.array([floor["float32"], floor.get("bfloat16", 0.0)], np.float32)
         facts[name] = _facts(role, value)
+    tensors |= right.tensors()
     entry = {"id": case.id, "op": case.op, "sizes": case.sizes, "flags": list(case.flags), "seed": case.seed,
              "options": case.options, "parameters": parameters, "inputs_sha256": digest.hexdigest(), "tensors": facts}
     if right.sample is not None:
