@@ -20,3 +20,9 @@ class InputError(ValueError):
 def printable(text):
     """The text with escapes for what cannot be printed: a name from a file must not control the terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shown(value, most=200):
+    """A value from outside as it appears in a message: its repr, with the middle left out when it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}"

@@ -46,8 +46,7 @@ def model(config=CONFIG, changed={}, operators={}):
     stored = random_weights(config)
     for name, change in changed.items():
         stored[name] = np.ascontiguousarray(change(stored[name]))
-    backend = SimpleNamespace(**{name: getattr(ops, name) for name in ops.__all__} | operators)
-    return Qwen35(config, Weights(config, stored, "float64"), backend=backend)
+    return Qwen35(config, Weights(config, stored, "float64", SimpleNamespace(**vars(ops) | operators)))
 
 
 def run(**faults):

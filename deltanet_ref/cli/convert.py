@@ -75,7 +75,7 @@ def run(args):
 def is_adapter(path):
     """By what is in the file or directory; raises InputError when it is neither an adapter nor a model."""
     from deltanet_ref.formats.gguf import read_gguf
-    from deltanet_ref.model.config import is_text
+    from deltanet_ref.formats.values import is_text
 
     path = Path(path)
     if not path.is_dir():

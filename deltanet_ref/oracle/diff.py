@@ -6,7 +6,7 @@ import numpy as np
 
 from deltanet_ref.errors import InputError
 from deltanet_ref.oracle.reasons import CHUNKS, HEADS, Site, explain
-from deltanet_ref.oracle.trace import Trace, observed, order_value_heads
+from deltanet_ref.oracle.trace import Trace, order_value_heads
 
 # The RMS error of a tensor, relative to its RMS, that two correct implementations may have. Measured between this one
 # and HF's over 150 tokens of the test models (float32: 1.3e-6 forward, 1.3e-5 backward; float64: 1.4e-14), with a
@@ -215,7 +215,7 @@ def _outputs(model, pieces):
         if name.endswith(".out") or name == "output_norm":
             found.setdefault(name, []).append(np.array(array[0]))
 
-    twin = observed(model, record)
+    twin = model.observed(record)
     for piece in pieces:
         _, state = twin.prefill(piece, state)
     return {name: np.concatenate(parts) for name, parts in found.items()}, state

@@ -15,7 +15,7 @@ from deltanet_ref import ops
 from deltanet_ref.notation import value_to_key_head
 from deltanet_ref.oracle.cases import CHUNK, Case, Draw, bfloat16
 from deltanet_ref.oracle.chunk_by_chunk import chunk_by_chunk
-from deltanet_ref.oracle.operators import DELTA, OPERATORS, in_dtype
+from deltanet_ref.oracle.operators import OPERATORS, in_dtype
 
 FACTOR = {"float32": 16, "bfloat16": 8, "float64": 16}   # kernels differ in summation order, chunks, fused products
 PRECISIONS = {"float32": 2.0 ** -24, "bfloat16": 2.0 ** -9}   # unit roundoffs, the lower bounds of floors
@@ -143,10 +143,10 @@ def _float32_attempts(case, x):
     """
     yield OPERATORS[case.op].reference(in_dtype(x, np.float32))
     if case.op == "gated_delta_rule":
-        yield _chunked(in_dtype(x, np.float32), chunk=CHUNK)
+        yield chunk_by_chunk(in_dtype(x, np.float32), chunk=CHUNK)
         outputs = OPERATORS[case.op].outputs | OPERATORS[case.op].gradients
         for chunk in (16, 48, 128):
-            y = _chunked(in_dtype(x, np.float32), chunk=chunk)
+            y = chunk_by_chunk(in_dtype(x, np.float32), chunk=chunk)
             yield {name: y[name] for name in outputs}
     else:
         yield from _with_perturbed_inputs(case, x, PRECISIONS["float32"])
@@ -158,7 +158,7 @@ def _bfloat16_attempts(case, x):
     """The chunked form with both operands of every product rounded; for the other operators, inputs perturbed by
     rounding. Outputs are rounded to bfloat16, except states, dg and the loss."""
     if case.op == "gated_delta_rule":
-        attempts = [_chunked(in_dtype(x, np.float32), chunk=CHUNK, operand=bfloat16)]
+        attempts = [chunk_by_chunk(in_dtype(x, np.float32), chunk=CHUNK, operand=bfloat16)]
     else:
         attempts = _with_perturbed_inputs(case, x, PRECISIONS["bfloat16"])
     for attempt in attempts:
@@ -184,18 +184,6 @@ def _fused_attention(x):
     cache = cache._replace(peak=cache.peak + np.log(cache.total), total=np.ones_like(cache.total))
     do, _ = ops.sigmoid_gate_backward(x["dy"], ops.sigmoid_gate_forward(o, x["gate"])[1])
     return dict(zip(("dq", "dk", "dv"), ops.softmax_attention_backward(do, cache)))
-
-
-def _chunked(x, **options):
-    """chunk_by_chunk, on packed sequences one after the other."""
-    if "cu_seqlens" not in x:
-        return chunk_by_chunk(x, **options)
-    parts = []
-    for n, (start, stop) in enumerate(zip(x["cu_seqlens"], x["cu_seqlens"][1:])):
-        part = {name: a[:, start:stop] for name, a in x.items() if name in ("q", "k", "v", "g", "beta", "do")}
-        parts.append(chunk_by_chunk(x | part | {name: x[name][n:n + 1] for name in ("S0", "dS_end")}, **options))
-    return {name: np.concatenate([part[name] for part in parts], 0 if name in ("S_end", "dS0") else 1)
-            for name in DELTA.outputs | DELTA.gradients}
 
 
 ATTEMPTS = {"float32": _float32_attempts, "bfloat16": _bfloat16_attempts}

@@ -8,6 +8,7 @@ import numpy as np
 
 from deltanet_ref import ops
 from deltanet_ref.ops import gated_delta_rule as gdr
+from deltanet_ref.ops.lora_linear import Update
 
 
 class Operator(NamedTuple):
@@ -83,9 +84,9 @@ def _cross_entropy(x):
 
 
 def _lora(x):
-    update, cache = ops.lora_forward(x["x"], x["a"], x["b"], x["scale"])
-    y = ops.linear_forward(x["x"], x["w"]) + update
-    dx, da, db = ops.lora_backward(x["dy"], cache)
+    y = ops.linear_forward(x["x"], x["w"])
+    cache = ops.lora_forward([y], x["x"], [Update(0, x["a"], x["b"], x["scale"])])
+    dx, [(da, db)] = ops.lora_backward([x["dy"]], cache)
     return {"y": y, "dx": dx + ops.linear_backward_input(x["dy"], x["w"]), "da": da, "db": db}
 
 
@@ -97,7 +98,7 @@ def _model(x):
 
     config = tiny_config()
     stored = {name: value for name, value in x.items() if name not in OPERATORS["qwen35"].args}
-    model = Qwen35(config, Weights(config, stored, x["output.weight"].dtype), backend=ops)
+    model = Qwen35(config, Weights(config, stored, x["output.weight"].dtype, ops))
     tokens, prompt = x["tokens"], x["prompt"]
     loss, gradients = model.loss_and_grads(tokens, x["labels"])
     decoded, state = model.prefill(tokens[:, :prompt])

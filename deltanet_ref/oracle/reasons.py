@@ -13,7 +13,7 @@ from deltanet_ref.model.tensors import VHeads, grouped_from_tiled
 from deltanet_ref.notation import value_to_key_head
 from deltanet_ref.ops import (rope_backward, rope_forward, rope_tables, sigmoid, silu, softmax_attention_forward,
                               softplus)
-from deltanet_ref.oracle.trace import BLOCKS, order_value_heads
+from deltanet_ref.oracle.trace import order_value_heads, stages_of
 
 EXPLAINED = 0.05              # a mistake is reported if it leaves at most this share of the difference
 FEWEST = 4                    # values needed per fitted number; with fewer, anything fits
@@ -160,7 +160,7 @@ def _other_names(site):
     """Two tensors swapped, or a step between them missing."""
     if site.block is None:
         return []
-    stages = sorted({stage.name for group in BLOCKS.values() for stage in group} - {site.stage})
+    stages = sorted(stages_of(site.config) - {site.stage})
     return [Test(f"it holds the values of {name}: the two are swapped, or a step between them is missing",
                  lambda s, name=name: s[name]) for name in (site.direction + stage for stage in stages)]
 
