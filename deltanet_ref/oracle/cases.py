@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 
 CHUNK = 64
 
@@ -215,7 +215,7 @@ def select(patterns: Sequence[str] = ("delta/*",), dtype: str = "float32") -> li
     chosen = [case for case in CASES.values() if (case.bf16 or dtype != "bfloat16")
               and any(fnmatchcase(case.id, pattern) or case.group == pattern for pattern in patterns)]
     if not chosen:
-        raise InputError(f"no case matches {' '.join(patterns)}; groups: {' '.join(GROUPS)}; "
+        raise InputError(f"no case matches {shown(' '.join(patterns))}; groups: {' '.join(GROUPS)}; "
                          "`deltanet-ref vectors --list` lists the cases")
     return chosen
 
