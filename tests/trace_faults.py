@@ -1,7 +1,7 @@
-"""A small random model, and models and traces with one mistake in them: what `diff` must find and name.
+"""A small random model, and models and traces with one mistake each, which `diff` must find and name.
 
-The mistakes are planted in the operators or the weights of a model that then runs as a whole; or, where one sits
-between two operators, in a copy of a trace.
+A mistake is planted in the operators or weights of a model, which then runs as a whole; or, if it is between two
+operators, in a copy of a trace.
 """
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ TOKENS = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 83)
 
 
 def random_weights(config=CONFIG, seed=3):
-    """Norms about 1, decays from weak to strong, all else of the size that keeps activations near 1."""
+    """Norm weights near 1, decays from weak to strong, and matrices scaled so that activations stay near 1."""
     rng, stored = np.random.default_rng(seed), {}
     for name, spec in expected_tensors(config).items():
         x = rng.standard_normal(spec.shape)
@@ -42,7 +42,7 @@ def random_weights(config=CONFIG, seed=3):
 
 
 def model(config=CONFIG, changed={}, operators={}):
-    """A float64 model; changed: tensor name -> function of the tensor; operators: name -> what replaces that of ops."""
+    """A float64 model; changed: tensor name -> function of the tensor; operators: name -> replacement of the op."""
     stored = random_weights(config)
     for name, change in changed.items():
         stored[name] = np.ascontiguousarray(change(stored[name]))
@@ -62,7 +62,7 @@ def weights(name, change):
 
 
 def edited(name, change):
-    """A copy of the trace in which one tensor is change(trace's own tensors)."""
+    """A copy of the trace in which one tensor is replaced by change(tensors)."""
     return lambda ours: ours._replace(tensors=ours.tensors | {name: np.ascontiguousarray(change(ours.tensors))})
 
 
@@ -88,7 +88,7 @@ def gates(change):
 
 
 def delta(change):
-    """change(q, k, v, g, beta) runs the rule in its own way -> o, S; heads tiled."""
+    """Replace the rule by change(q, k, v, g, beta) -> o, S, for tiled heads."""
     def wrapped(q, k, v, *, g, beta, **options):
         cache = ops.gated_delta_rule_forward(q, k, v, g=g, beta=beta, **options)[2]
         return *change(q, k, v, g, beta), cache
@@ -100,7 +100,7 @@ def rule(q, k, v, g, beta, head_order="tiled", **options):
 
 
 def token_loop(q, k, v, g, beta, error_first=False, read_first=False):
-    """The rule for tiled heads, one head at a time, written with matrices (I - beta k k^T)."""
+    """The rule for tiled heads, one head at a time, in the form S = (I - beta k k^T) exp(g) S + beta k v."""
     o, S_end = np.empty_like(v), np.empty((1, v.shape[2], k.shape[3], v.shape[3]))
     for h in range(v.shape[2]):
         S, I = np.zeros(S_end.shape[2:]), np.eye(k.shape[3])
@@ -116,7 +116,7 @@ def token_loop(q, k, v, g, beta, error_first=False, read_first=False):
 
 
 def linear_attention(q, k, v, g, beta):
-    """sum over s <= t of the decay between them, beta_s (q_t . k_s) v_s; and a state nobody looks at."""
+    """o_t = sum over s <= t of the decay from s to t times beta_s (q_t . k_s) v_s; and the correct state."""
     heads = np.arange(v.shape[2]) % k.shape[2]
     sums = np.cumsum(g, 1)
     decay = np.exp(np.minimum(sums[:, :, None] - sums[:, None], 0)) * np.tri(g.shape[1])[None, :, :, None]
@@ -125,13 +125,13 @@ def linear_attention(q, k, v, g, beta):
 
 
 def modulo_heads():
-    """The key head of each tiled value head when its number in grouped order is taken modulo H_k."""
+    """The key head of each tiled value head if its index in grouped order is taken modulo H_k."""
     H_k, R = CONFIG.linear_num_key_heads, CONFIG.linear_num_value_heads // CONFIG.linear_num_key_heads
     return [(t % H_k * R + t // H_k) % H_k for t in range(H_k * R)]
 
 
 def pieces(size):
-    """The rule on pieces of so many tokens, each from an empty state."""
+    """The rule on pieces of `size` tokens, each starting from a zero state."""
     def change(*arrays):
         parts = [rule(*(x[:, i:i + size] for x in arrays)) for i in range(0, arrays[0].shape[1], size)]
         return np.concatenate([o for o, _ in parts], 1), parts[-1][1]
@@ -153,7 +153,7 @@ def rms_norm(change):
 
 
 def rotary(change=None, **options):
-    """change(x, angle (L, R/2)) rotates x (1, L, H, d) in its own way; or rope_tables with another option."""
+    """Replace the rotation of x (1, L, H, d) by change(x, angle (L, R/2)); or give rope_tables other options."""
     if change:
         return operators(rope_forward=lambda x, cos, sin: change(x, np.arctan2(sin, cos)))
     first, theta, dim = (options.get(key) for key in ("first", "theta", "dim"))
@@ -195,7 +195,7 @@ def unmasked(q, k, v):
 
 
 def query_rows(order):
-    """attn_q read as another layout: order gives the rows for (H, 2, d) out of the layout that holds them."""
+    """attn_q read in another layout: all queries first ("halves"), or queries and gates row by row ("in turn")."""
     H, d = CONFIG.num_attention_heads, CONFIG.head_dim
     index = {"halves": np.arange(2 * H * d).reshape(2, H, d).transpose(1, 0, 2),
              "in turn": np.arange(2 * H * d).reshape(H, d, 2).transpose(0, 2, 1)}[order]
@@ -203,7 +203,7 @@ def query_rows(order):
 
 
 def grouped_rows(w, start, size, axis=0):
-    """V heads put in grouped order, head by head, where the file has them tiled."""
+    """Reorder V heads from the file's tiled order to grouped order."""
     H_k, R = CONFIG.linear_num_key_heads, CONFIG.linear_num_value_heads // CONFIG.linear_num_key_heads
     heads = [r * H_k + k for k in range(H_k) for r in range(R)]
     rows = [*range(start), *(start + h * size + i for h in heads for i in range(size))]
@@ -211,7 +211,7 @@ def grouped_rows(w, start, size, axis=0):
 
 
 def tiled_columns(x, start, size):
-    """The last axis of x (L, start + H_v size) as GGUF has it: the inverse of grouped_rows."""
+    """Reorder the last axis of x (L, start + H_v size) to tiled order, the inverse of grouped_rows."""
     H_k, R = CONFIG.linear_num_key_heads, CONFIG.linear_num_value_heads // CONFIG.linear_num_key_heads
     heads = x[:, start:].reshape(len(x), H_k, R, size).swapaxes(1, 2).reshape(len(x), -1)
     return np.concatenate([x[:, :start], heads], -1)
@@ -231,7 +231,7 @@ def bfloat16(x):
 
 
 def backward(operator, change):
-    """A backward operator whose tuple of gradients goes through change."""
+    """Replace a backward operator by change(its gradients)."""
     return operators(**{operator: lambda *args, **options: change(*getattr(ops, operator)(*args, **options))})
 
 
@@ -251,13 +251,13 @@ L = len(TOKENS)
 
 
 def exchanged(name_a, name_b):
-    """Two weights of block 0 exchanged."""
+    """Two weights of block 0 swapped."""
     stored = random_weights()
     return lambda ours: run(changed={f"blk.0.{a}": lambda w, b=b: stored[f"blk.0.{b}"]
                                      for a, b in ((name_a, name_b), (name_b, name_a))})
 
 
-# what is wrong: (the tensor that shows it first, words of the reason, how it is planted)
+# mistake: (first tensor that differs, words of the expected reason, function that plants it)
 FAULTS = {
     # any tensor
     "zeros": ("blk.0.z", "all zeros", weights("blk.0.attn_gate.weight", lambda w: 0 * w)),

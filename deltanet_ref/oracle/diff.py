@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 from deltanet_ref.oracle.reasons import CHUNKS, HEADS, Site, explain
 from deltanet_ref.oracle.trace import Trace, order_value_heads
 
@@ -98,8 +98,8 @@ def _check_comparable(ours, theirs):
 
 def _tolerance(dtype):
     if dtype not in TOLERANCE:
-        raise InputError(f"a trace has the dtype {dtype!r}, for which there is no default tolerance: give a tolerance, "
-                         f"or write one of {', '.join(TOLERANCE)} as dtype in its metadata")
+        raise InputError(f"a trace has the dtype {shown(dtype)}, for which there is no default tolerance: give a "
+                         f"tolerance, or write one of {', '.join(TOLERANCE)} as dtype in its metadata")
     return TOLERANCE[dtype]
 
 

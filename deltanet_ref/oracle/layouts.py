@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 from deltanet_ref.notation import value_to_key_head
 from deltanet_ref.ops.l2_norm import l2_norm_backward, l2_norm_forward
 from deltanet_ref.oracle.cases import Case, make_inputs
@@ -65,15 +65,15 @@ NAMES = {name: LAYOUTS[name] for name in ("hf", "fla")}
 def make_layout(name: str = "own", **switches: str | None) -> Layout:
     """A named layout with some switches changed (None: unchanged). Raises InputError for unknown names and values."""
     if name not in LAYOUTS:
-        raise InputError(f"--layout {name} is unknown: use {' or '.join(NAMES)}, or single switches")
+        raise InputError(f"`layout` is {shown(name)}: use {' or '.join(NAMES)}, or single switches")
     layout = replace(LAYOUTS[name], **{key: value for key, value in switches.items() if value is not None})
     for switch, values in SWITCHES.items():
         if getattr(layout, switch) not in values:
-            raise InputError(f"--{switch} {getattr(layout, switch)} is unknown: use {' or '.join(values)}")
+            raise InputError(f"`{switch}` is {shown(getattr(layout, switch))}: use {' or '.join(values)}")
     for option, text, names in (("returns", layout.returns, (*DELTA.outputs, *FORWARD)),
                                 ("gradients", layout.gradients, (*DELTA.gradients, *BACKWARD))):
         if unknown := [name for name in returned(text, ()) if name not in (*names, "_")]:
-            raise InputError(f"--{option} has {unknown[0]!r}: use {' '.join(names)}, and _ for any other value")
+            raise InputError(f"`{option}` has {shown(unknown[0])}: use {' '.join(names)}, and _ for any other value")
     for call in (layout.call, layout.backward_call):
         if call is not None:
             arguments(call)
@@ -208,7 +208,7 @@ def arguments(call: str) -> list[tuple]:
         return [(keyword, value.id, None) if isinstance(value, ast.Name) and value.id not in ("True", "False", "None")
                 else (keyword, None, ast.literal_eval(value)) for keyword, value in pairs]
     except (SyntaxError, ValueError, AttributeError) as error:
-        raise InputError(f"the call {call!r} is not a list of arguments such as 'q, k, v, beta, g, state=S0'"
+        raise InputError(f"the call {shown(call)} is not a list of arguments such as 'q, k, v, beta, g, state=S0'"
                          ) from error
 
 
@@ -217,7 +217,7 @@ def call_with(call: str, inputs: dict) -> tuple[list, dict]:
     positional, keywords = [], {}
     for keyword, name, literal in arguments(call):
         if name is not None and name not in inputs:
-            raise InputError(f"the call {call!r} needs {name!r}; available are {', '.join(inputs)}")
+            raise InputError(f"the call {shown(call)} needs {name!r}; available are {', '.join(inputs)}")
         value = literal if name is None else inputs[name]
         if keyword is None:
             positional.append(value)

@@ -24,9 +24,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
+from deltanet_ref.oracle.cases import Case
 from deltanet_ref.oracle.exchange import FORMATS, read_answers, write_case
-from deltanet_ref.oracle.layouts import backward_call, call_with, forward_call, returned
+from deltanet_ref.oracle.layouts import Layout, backward_call, call_with, forward_call, returned
 from deltanet_ref.oracle.operators import OPERATORS, held_in, in_dtype
 
 ALWAYS_FLOAT32 = ("g", "S0", "dS_end", "A_log", "dt_bias", "dg", "S")     # even when the inputs are bfloat16
@@ -48,7 +49,7 @@ class NumpyArrays:
 
     def __init__(self, device):
         if device not in (None, "cpu"):
-            raise InputError(f"--device {device}: NumPy arrays have no device; use --array torch, jax or cupy")
+            raise InputError(f"`device` is {shown(device)}; NumPy arrays have none: use `array` torch, jax or cupy")
 
     def array(self, x, dtype):
         return np.array(x, np.float32 if dtype == "bfloat16" else dtype)
@@ -60,7 +61,7 @@ class NumpyArrays:
         return f"numpy {np.__version__}"
 
     def gradients(self, function, inputs, names, incoming):
-        raise InputError("--backward autograd needs a framework: add --array torch or --array jax")
+        raise InputError("autograd as the backward needs a framework: use `array` torch or jax")
 
 
 class CupyArrays(NumpyArrays):
@@ -156,7 +157,7 @@ class Callables:
         self.arrays = ARRAYS[array](device)
         self.provenance = ", ".join(source_of(f) for f in (forward, backward) if callable(f))
 
-    def run(self, case, inputs, layout):
+    def run(self, case: Case, inputs: dict, layout: Layout) -> Answer:
         op = OPERATORS[case.op]
         if case.op == "qwen35":
             return Answer(None, "SKIP", "whole models are tested as programs or files; in Python, use trace and diff")
@@ -229,7 +230,7 @@ def load_callable(spec: str) -> Callable:
     """
     module_name, _, function = spec.rpartition(":")
     if not module_name or not function:
-        raise InputError(f"{spec!r} does not name a function: write module:function or path/to/file.py:function")
+        raise InputError(f"{shown(spec)} does not name a function: write module:function or path/to/file.py:function")
     try:
         if module_name.endswith(".py"):
             path = Path(module_name).resolve()
@@ -266,7 +267,7 @@ def _location(error):
     """File and line of the innermost frame of the traceback; if that is this file, the call itself did not fit."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     if frame.filename == __file__:
-        return "in the call itself: declare the right one with --layout or --call"
+        return "in the call itself: declare the layout or the call that it expects"
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
@@ -300,7 +301,7 @@ class Worker:
             raise InputError(f"{self.setup['forward']} cannot be imported: {reason}")
         self.provenance, self.array = reply["provenance"], reply["array"]
 
-    def run(self, case, inputs, layout):
+    def run(self, case: Case, inputs: dict, layout: Layout) -> Answer:
         if self.process is None:
             self._start()
         reply = self._ask((case, inputs, layout), self.timeout)
@@ -366,14 +367,14 @@ class Program:
         try:
             self.words = shlex.split(command)
         except ValueError as error:
-            raise InputError(f"the command {command!r} cannot be parsed: {error}") from error
+            raise InputError(f"the command {shown(command)} cannot be parsed: {error}") from error
         if not any("{in}" in word for word in self.words) or not any("{out}" in word for word in self.words):
-            raise InputError(f"the command {command!r} must contain {{in}} and {{out}}, the files to read and to write")
+            raise InputError(f"the command {shown(command)} must contain {{in}} and {{out}}, the files to read and write")
         self.format, self.timeout, self.dtype = format, timeout, dtype
         self.directory = tempfile.TemporaryDirectory(prefix="deltanet-ref-")
         self.provenance = _program_facts(self.words)
 
-    def run(self, case, inputs, layout):
+    def run(self, case: Case, inputs: dict, layout: Layout) -> Answer:
         source, target = (Path(self.directory.name) / f"{name}.{self.format}" for name in ("in", "out"))
         write_case(source, in_dtype(inputs, held_in(self.dtype)))
         target.unlink(missing_ok=True)
@@ -410,7 +411,7 @@ class Results:
                              f"{Path(directory) / 'delta' / 'plain.safetensors'}")
         self.provenance = f"files in {self.directory}"
 
-    def run(self, case, inputs, layout):
+    def run(self, case: Case, inputs: dict, layout: Layout) -> Answer:
         for suffix in FORMATS:
             path = self.directory / f"{case.id}.{suffix}"
             if path.exists():
