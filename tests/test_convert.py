@@ -276,7 +276,7 @@ def test_a_damaged_adapter_in_safetensors_is_refused(tmp_path, capsys):
     weights = peft / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert convert(peft, "-o", tmp_path / "a.gguf", "--base", FIXTURES / "eq" / "hf") == 2
-    assert "no safetensors file" in capsys.readouterr().err
+    assert "not a safetensors file" in capsys.readouterr().err
 
 
 def test_streamed_bytes_of_the_wrong_size_do_not_become_a_file(tmp_path):
