@@ -3,7 +3,8 @@
 forward   maps the arguments to the tuple of outputs that gradients come in for, and the cache
 backward  maps those gradients and the cache to the gradients of the arguments, in their order
 """
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np

@@ -1,8 +1,7 @@
 """Token by token: the delta layer's one kernel, what is sampled, the room behind a KV cache."""
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import deltanet_ref as dr
 from deltanet_ref import ops

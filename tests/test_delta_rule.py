@@ -5,8 +5,7 @@ import json
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from deltanet_ref.backends import get_backend
 from deltanet_ref.errors import InputError
@@ -18,8 +17,7 @@ from deltanet_ref.oracle.derivative import complex_step_gradient
 from tests.delta_rule import RESULTS, SIZES, definition, delta_rule_arguments, rule_floors, worst_element
 from tests.paths import FIXTURES
 from tests.test_ops_backward import BOTH, ONE
-from tests.tolerances import (assert_close, assert_identical, assert_within, assert_within_floors, noise_floors,
-                              rounding)
+from tests.tolerances import assert_close, assert_identical, assert_within, assert_within_floors, noise_floors, rounding
 
 FORMS = {"recurrent": (gdr.recurrent_forward, gdr.recurrent_backward),
          "chunk": (gdr.chunk_forward, gdr.chunk_backward),

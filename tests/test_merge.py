@@ -20,8 +20,15 @@ from tests.test_adapter import random_adapter, small_model
 from tests.test_convert import stored
 from tests.test_load import random_tensors, small_config, write_model
 from tests.test_ops_backward import ONE
-from tests.tolerances import (STORED, assert_close, assert_within, assert_within_floors, relative, rounding,
-                              weight_floors)
+from tests.tolerances import (
+    STORED,
+    assert_close,
+    assert_within,
+    assert_within_floors,
+    relative,
+    rounding,
+    weight_floors,
+)
 
 MODELS = ["eq", "grouped"]
 
