@@ -3,6 +3,8 @@
 Library messages name a Python option in backticks: "`seq_len` is 1, it must be at least 2". The command line prints the
 name of its own option there, --seq-len (cli/options.py), so that everybody reads the name they can change.
 """
+import os
+import re
 import reprlib
 
 LONGEST = 2000              # characters of a message
@@ -46,8 +48,17 @@ def shown(value: object) -> str:
 
 
 def counted(n: int, noun: str) -> str:
-    """1 tensor, 2 tensors."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+    """1 tensor, 2 tensors, 1,000 tensors."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def where_to_get(path: object) -> str:
+    """For the message that a path does not exist: what to do if it is a name on the Hugging Face hub, else ""."""
+    name = str(path)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or name.endswith(".gguf") or os.path.exists(name.split("/")[0]):
+        return ""
+    return (f". It looks like a name on the Hugging Face hub: download the model first (hf download {name} --local-dir "
+            f"{name.split('/')[1]}), or a GGUF file of it, and give that path")
 
 
 JSON_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}

@@ -72,14 +72,24 @@ def check_output(args, inputs=(), replaces=lambda path: False) -> None:
 
 @contextmanager
 def progress(what: str):
-    """Yields update(done, total): a progress bar on stderr when that is a terminal, removed at the end; else nothing."""
+    """Yields update(done, total). On a terminal it shows a bar on stderr, from the first call with done < total on until
+    the block ends; elsewhere it does nothing."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True),
-                  transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                   console=Console(stderr=True), transient=True)
+    task = bar.add_task(what, total=None)
+
+    def update(done, total):
+        bar.update(task, completed=done, total=total)
+        if done < total:
+            bar.start()
+
+    try:
+        yield update
+    finally:
+        bar.stop()
