@@ -43,7 +43,7 @@ def test_only_chosen_arrays_decay():
 
 
 def test_names_must_agree():
-    with pytest.raises(InputError, match="only one of them has b"):
+    with pytest.raises(InputError, match="only one has b"):
         AdamW().step({"a": np.ones(2)}, {"a": np.ones(2), "b": np.ones(2)}, 0.1)
 
 

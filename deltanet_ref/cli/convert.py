@@ -27,9 +27,10 @@ def add_arguments(parser):
 
     parser.epilog = EPILOG
     parser.add_argument("source", metavar="SOURCE", help="an adapter or a base model")
-    add_output_arguments(parser, "OUTPUT", "a name ending in .gguf, or a new directory")
-    add_type_argument(parser, CHOICES, f"{', '.join(CHOICES)}; adapters and HF directories only the first three (default: "
-                                       "each tensor keeps its type)")
+    add_output_arguments(parser, "OUTPUT", "a name ending in .gguf, or a new directory",
+                         replaces="an adapter (by an adapter)")
+    add_type_argument(parser, CHOICES, f"{', '.join(CHOICES)}; adapters and HF directories only the first three "
+                                       "(default: each tensor keeps its type)")
     adapter = parser.add_argument_group("adapters")
     adapter.add_argument("--base", metavar="MODEL", help="the base model: a .gguf file or an HF directory")
     adapter.add_argument("--drop", metavar="KIND,...", default="",

@@ -15,7 +15,8 @@ from deltanet_ref.train.memory import keep_freed_memory
 from deltanet_ref.train.report import Console, format_count
 
 EPILOG = """\
-Takes about half a minute on two free cores, and as long again on the first run, which compiles the kernels.
+Takes less than a minute on two free cores, longer if other programs use them. The first run also compiles the kernels,
+once: about 20 seconds more.
 
 example:
   deltanet-ref demo -o scots.gguf
@@ -32,8 +33,8 @@ The same with a real model (any quantisation of Qwen3.5-0.8B as GGUF; your own r
 
 def add_arguments(parser):
     parser.epilog = EPILOG
-    add_output_arguments(parser, "ADAPTER.gguf", "the adapter to write (default scots.gguf)", type=Path, required=False,
-                         default=Path("scots.gguf"))
+    add_output_arguments(parser, "ADAPTER.gguf", "the adapter to write (default scots.gguf)",
+                         replaces="an adapter", type=Path, required=False, default=Path("scots.gguf"))
 
 
 def run(args):
@@ -46,7 +47,7 @@ def run(args):
     model = dr.load_model(demo.MODEL)
     about = read_gguf(demo.MODEL).metadata
     terminal.print(f"[bold]The model[/]: {about['general.name']}, {describe(model)}\n{about['general.description']}\n")
-    terminal.print("Measuring it. The first run also compiles the kernels, once.")
+    terminal.print("Measuring it (the first run also compiles the kernels, once)")
     before, text_before = demo.measure(model), demo.continuation(model)
 
     terminal.print(f"\n[bold]Adapting it[/] to Scots: LoRA of rank {demo.RANK} on every linear layer, trained on "
@@ -61,7 +62,7 @@ def run(args):
         terminal.print(f"\n[bold]{when}[/]: [dim]{demo.PROMPT}[/]{escape(text)}")
     size = args.output.stat().st_size / 1e6
     terminal.print(f"\nWrote {args.output} ({size:.2f} MB), a GGUF adapter for llama.cpp; "
-                   f"{time.perf_counter() - start:.0f} s in total, {report.tokens_per_second:.0f} tokens/s in training.")
+                   f"{time.perf_counter() - start:.0f} s in total, {report.tokens_per_second:.0f} tokens/s in training")
     terminal.print(NEXT, markup=False)
     return 130 if report.interrupted else 0
 
@@ -70,8 +71,8 @@ def describe(model):
     """Its size and its layers, in one line."""
     parameters = sum(w.size for w in model.weights.values())
     delta = model.config.layer_types.count("linear_attention")
-    return (f"{format_count(parameters)} parameters in {demo.MODEL.stat().st_size / 1e6:.1f} MB; {delta} layers of Gated "
-            f"DeltaNet, {len(model.config.layer_types) - delta} of softmax attention, {model.config.vocab_size} tokens")
+    return (f"{format_count(parameters)} parameters in {demo.MODEL.stat().st_size / 1e6:.1f} MB; {delta} layers of "
+            f"Gated DeltaNet, {len(model.config.layer_types) - delta} of softmax attention, {model.config.vocab_size} tokens")
 
 
 def figures(before, after):

@@ -45,7 +45,8 @@ def run(args):
     if args.json:
         print(json.dumps(result._asdict()))
     else:
-        print(f"{counted(len(examples), 'example')}, {counted(result.tokens, 'token')}, {counted(result.bytes, 'byte')}\n"
+        sizes = {"example": len(examples), "token": result.tokens, "byte": result.bytes}
+        print(f"{', '.join(counted(n, noun) for noun, n in sizes.items())}\n"
               f"loss          {result.loss:.4f} nats per token\n"
               f"perplexity    {result.perplexity:.4g}\n"
               f"bits per byte {result.bits_per_byte:.4f}")

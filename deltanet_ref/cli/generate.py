@@ -59,8 +59,8 @@ def run(args):
         print(piece, end="", flush=True)
     print()
     seconds, count = time.perf_counter() - start, len(pieces.ids)
-    print(f"{counted(count, 'token')} in {seconds:.2f} s, {count / seconds:.2f} tokens/s, including the time to read the "
-          f"prompt of {counted(pieces.prompt_tokens, 'token')}", file=sys.stderr)
+    print(f"{counted(count, 'token')} in {seconds:.2f} s, {count / seconds:.2f} tokens/s, including the time to read "
+          f"{counted(pieces.prompt_tokens, 'prompt token')}", file=sys.stderr)
     if pieces.finish_reason == "context":
         print(f"note: the model's context of {model.config.max_position_embeddings} tokens is full: generation stopped "
               "there", file=sys.stderr)

@@ -93,8 +93,8 @@ def describe_peft(directory: Path) -> dict:
     if tokens := config.get("alora_invocation_tokens"):
         metadata["invocation_tokens"] = invocation_tokens(tokens, directory / PEFT_CONFIG)
     metadata |= {name: config[name] for name in PEFT_SETTINGS if config.get(name)}
-    return adapter_facts(config.get("base_model_name_or_path"), config.get("lora_alpha"), factors, ".lora_A.weight", stored,
-                         metadata)
+    return adapter_facts(config.get("base_model_name_or_path"), config.get("lora_alpha"), factors, ".lora_A.weight",
+                         stored, metadata)
 
 
 def adapter_facts(base, alpha, factors, suffix_of_a, stored, metadata):
@@ -128,4 +128,6 @@ def text(value):
         return printable("; ".join(map(str, value)) or "none")
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else printable(str(value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) else printable(str(value))

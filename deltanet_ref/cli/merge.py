@@ -22,8 +22,8 @@ def add_arguments(parser):
     parser.add_argument("--adapter", action="append", required=True, metavar="FILE[=SCALE]",
                         help="a GGUF adapter or PEFT directory, with SCALE (default 1); may be given several times")
     add_output_arguments(parser, "OUTPUT", "a name ending in .gguf, or a new directory")
-    add_type_argument(parser, CHOICES, f"{', '.join(CHOICES)}; HF directories only the first three (default: each tensor "
-                                       "keeps its type)")
+    add_type_argument(parser, CHOICES, f"{', '.join(CHOICES)}; HF directories only the first three (default: each "
+                                       "tensor keeps its type)")
 
 
 def run(args):

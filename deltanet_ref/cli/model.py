@@ -9,24 +9,25 @@ from deltanet_ref.errors import InputError, counted, printable, shown
 from deltanet_ref.model.weights import MODES
 
 
-def add_model_arguments(parser) -> None:
+def add_model_arguments(parser, backend: str = "auto") -> None:
     """MODEL and how to run it; load reads them."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--backend", default="auto", metavar="NAME",
-                        help=f"{', '.join(BACKENDS)}, or auto for the fastest one (default auto)")
+    parser.add_argument("--backend", default=backend, metavar="NAME",
+                        help=f"{', '.join(BACKENDS)}, or auto for the fastest one (default {backend})")
     parser.add_argument("--dtype", default="float32", metavar="NAME",
                         help="dtype of all computation: float32 or float64 (default float32)")
     parser.add_argument("--weights", default="auto", metavar="MODE",
-                        help=f"how a GGUF's weights are held: {', '.join(MODES)}. mapped decodes a tensor at each use, expanded "
-                             "decodes it once; auto expands types that are slow to decode if half of the free memory "
-                             "is enough (default auto)")
+                        help=f"how a GGUF's weights are held: {', '.join(MODES)}. mapped decodes a tensor at each use, "
+                             "expanded decodes it once; auto expands types that are slow to decode if half of the free "
+                             "memory is enough (default auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
 
 
 def add_adapter_argument(parser) -> None:
     """--adapter, several times; load attaches them."""
     parser.add_argument("--adapter", action="append", default=[], metavar="FILE[=SCALE]",
-                        help="attach a GGUF adapter or PEFT directory, multiplied by SCALE (default 1); may be repeated")
+                        help="attach a GGUF adapter or PEFT directory, multiplied by SCALE (default 1); may be given "
+                             "several times")
 
 
 def load(args):
@@ -80,7 +81,7 @@ def limit_threads(threads):
 
 
 def losses_by_type(losses) -> str:
-    """A line for each type, with the error of quantising tensors; "" for none. losses: list of model.convert.Written."""
+    """A line for each type, with the error of quantising; "" for none. losses: list of model.convert.Written."""
     types, lines = dict.fromkeys(w.type for w in losses), []
     for kind in types:
         errors = {w.name: w.error for w in losses if w.type == kind}

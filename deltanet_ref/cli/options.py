@@ -9,8 +9,6 @@ from pathlib import Path
 from deltanet_ref.errors import InputError
 
 MODEL_HELP = "a .gguf file, or a directory with config.json and safetensors"
-FORCE_HELP = ("overwrite an existing file. Without --force a new adapter replaces an adapter and a new trace a trace, "
-              "nothing else; inputs and directories are never overwritten")
 
 
 def flag(name: str) -> str:
@@ -42,17 +40,19 @@ def add_type_argument(container: ArgumentParser, choices, help: str, **options) 
     container.add_argument("--type", type=str.lower, choices=tuple(choices), metavar="NAME", help=help, **options)
 
 
-def add_output_arguments(parser: ArgumentParser, metavar: str, help: str, **options) -> None:
-    """-o and --force; check_output reads them."""
+def add_output_arguments(parser: ArgumentParser, metavar: str, help: str, replaces: str = "", **options) -> None:
+    """-o and --force; check_output reads them. replaces: what may be overwritten without --force, "an adapter"."""
     parser.add_argument("-o", "--output", metavar=metavar, help=help, **({"required": True} | options))
-    parser.add_argument("--force", action="store_true", help=FORCE_HELP)
+    without = f"; without --force only {replaces} is replaced" if replaces else ""
+    parser.add_argument("--force", action="store_true",
+                        help=f"overwrite an existing file{without} (inputs and directories are never overwritten)")
 
 
 def check_output(args, inputs=(), replaces=lambda path: False) -> None:
-    """Raise InputError if args.output is one of the inputs, or a file that may not be overwritten (FORCE_HELP).
+    """Raise InputError if args.output is one of the inputs, or an existing file that only --force overwrites.
 
     inputs    paths, None for those that were not given
-    replaces  path -> whether that file is of the kind that is written, an adapter or a trace; may raise InputError
+    replaces  path -> whether that file may be overwritten without --force; may raise InputError for other kinds of file
     """
     output = Path(args.output)
     if not output.exists():
@@ -72,8 +72,10 @@ def check_output(args, inputs=(), replaces=lambda path: False) -> None:
 
 @contextmanager
 def progress(what: str):
-    """Yields update(done, total). On a terminal it shows a bar on stderr, from the first call with done < total on until
-    the block ends; elsewhere it does nothing."""
+    """Yields update(done, total), which shows a progress bar on stderr if that is a terminal.
+
+    The bar appears with the first call whose done < total, and is removed when the block ends.
+    """
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

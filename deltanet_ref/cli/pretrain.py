@@ -7,8 +7,8 @@ from deltanet_ref.cli.options import add_output_arguments, add_type_argument, ch
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import ensure_writable, read_text
 from deltanet_ref.formats.tokenizer import Tokenizer
-from deltanet_ref.train.pretrain import (TYPES, PretrainOptions, file_metadata, pretrain, starting_model, stored_tensors,
-                                         write_model)
+from deltanet_ref.train.pretrain import (TYPES, PretrainOptions, file_metadata, pretrain, starting_model,
+                                         stored_tensors, write_model)
 from deltanet_ref.train.report import Console
 
 EPILOG = """\
@@ -60,7 +60,8 @@ def add_arguments(parser):
     parser.add_argument("--name", default="tiny", metavar="TEXT", help="general.name of the file (default tiny)")
     parser.add_argument("--description", default="", metavar="TEXT", help="general.description of the file")
     parser.add_argument("--license", default="", metavar="TEXT", help="general.license of the file")
-    parser.add_argument("--start", metavar="MODEL.gguf", type=Path, help="continue from this model instead of a new one")
+    parser.add_argument("--start", metavar="MODEL.gguf", type=Path,
+                        help="continue from this model instead of a new one")
     parser.add_argument("--backend", choices=BACKENDS, default="numba", metavar="NAME",
                         help=f"{' or '.join(BACKENDS)} (default numba)")
     length = parser.add_mutually_exclusive_group(required=True)

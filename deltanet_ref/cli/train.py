@@ -59,7 +59,7 @@ def add_arguments(parser):
     parser.epilog = EPILOG
     add_model_arguments(parser)
     parser.add_argument("data", metavar="DATA", help="a .jsonl file, or a directory of .jsonl files")
-    add_output_arguments(parser, "ADAPTER.gguf", "the adapter to write")
+    add_output_arguments(parser, "ADAPTER.gguf", "the adapter to write", replaces="an adapter")
     parser.add_argument("--rank", type=int, default=16, metavar="N",
                         help="rank of the update of each matrix (default 16)")
     parser.add_argument("--alpha", type=float, metavar="X",

@@ -1,8 +1,8 @@
 """Text from the model, one token at a time: prefill the prompt, sample, step, until the turn ends.
 
 What the attached adapters ask for is respected: a prefix of the prompt, and the invocation tokens of an activated LoRA
-(Greenewald et al. 2025). As in llama.cpp's server, an activated LoRA is active from the token before the last occurrence
-of its invocation tokens in the prompt (PEFT: from their first token), and inactive if they do not occur.
+(Greenewald et al. 2025). As in llama.cpp's server, an activated LoRA is active from the token before the last
+occurrence of its invocation tokens in the prompt (PEFT: from their first token), and inactive if they do not occur.
 """
 import codecs
 from collections.abc import Callable, Iterator, Sequence
@@ -21,21 +21,21 @@ def generate(model, prompt: str | Sequence[int], max_tokens: int = 128, temperat
     """The continuation of a prompt, an iterator over pieces of text; computed as they are asked for.
 
     prompt       text, which the prompt prefix of an attached adapter is put before; or token ids, used as they are
-    max_tokens   maximum number of tokens to generate. Generation ends earlier at the model's end-of-turn token, which is
-                 not part of the text, and where prompt and continuation fill the model's context (max_position_embeddings)
+    max_tokens   maximum number of tokens to generate. Generation ends earlier at the model's end-of-turn token, which
+                 is not part of the text, and where prompt and continuation fill the context (max_position_embeddings)
     temperature  0 takes the most likely token; otherwise logits are divided by it. The defaults of temperature, top_k
                  and top_p are those that Qwen publishes for answers without thinking
     top_k        sample among the k most likely tokens; 0 for all
     top_p        ... and among the fewest of these whose probabilities sum to at least p; 1 for all
     seed         of the sampling; the same seed gives the same text
     return_ids   iterate over token ids (the end-of-turn token is the last) instead of text
-    on_prefill   called with (prompt tokens read, prompt tokens) after each prefill pass of at most PREFILL_TOKENS tokens
+    on_prefill   called with (prompt tokens read, prompt tokens) after each prefill pass of up to PREFILL_TOKENS tokens
     raises       InputError, before anything is computed, for values out of range and for a prompt that is empty or
                  leaves no room in the context
     """
     if not (max_tokens >= 1 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-        raise InputError(f"`max_tokens` {max_tokens}, `temperature` {temperature}, `top_k` {top_k}, `top_p` {top_p}: they "
-                         "must be at least 1, 0, 0, and above 0 up to 1")
+        raise InputError(f"`max_tokens` {max_tokens}, `temperature` {temperature}, `top_k` {top_k}, `top_p` {top_p}: "
+                         "they must be at least 1, 0, 0, and above 0 up to 1")
     if model.tokenizer is None and (isinstance(prompt, str) or not return_ids):
         raise InputError("the model has no tokenizer: give token ids and `return_ids=True`")
     ids = (model.tokenizer.encode(prompt_prefix(model) + prompt) if isinstance(prompt, str)
@@ -89,8 +89,8 @@ def prompt_prefix(model) -> str:
     prefixes = {a.adapter.metadata["prompt_prefix"] for a in model.adapters.values()
                 if a.adapter.metadata.get("prompt_prefix")}
     if len(prefixes) > 1:
-        raise InputError(f"the attached adapters need different prompt prefixes, {shown(sorted(prefixes))}: attach one of "
-                         "them")
+        raise InputError(f"the attached adapters need different prompt prefixes, {shown(sorted(prefixes))}: attach one "
+                         "of them")
     return next(iter(prefixes), "")
 
 
@@ -122,7 +122,7 @@ def _inactive(model, name):
 
 
 def _tokens(model, ids, activated, start, on_prefill, choose):
-    """Endless tokens after ids. activated: name of an activated LoRA, active from ids[start] on; choose: logits -> token."""
+    """Endless tokens after ids. activated: name of an activated LoRA, active from ids[start]; choose: logits -> token."""
     state, inactive = None, activated if start == len(ids) else None
     ends = sorted({*range(PREFILL_TOKENS, len(ids), PREFILL_TOKENS), start, len(ids)} - {0})
     for begin, end in zip([0, *ends], ends):

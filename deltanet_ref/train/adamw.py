@@ -24,7 +24,7 @@ class AdamW:
         """Update every array of parameters in place. Raises InputError if the two dictionaries have different names."""
         if parameters.keys() != gradients.keys():
             odd = sorted(parameters.keys() ^ gradients.keys())
-            raise InputError(f"parameters and gradients must have the same names; only one of them has {', '.join(odd)}")
+            raise InputError(f"parameters and gradients must have the same names; only one has {', '.join(odd)}")
         self.t += 1
         for name, p in parameters.items():
             if name not in self.m:

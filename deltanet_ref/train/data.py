@@ -32,7 +32,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def read_dataset(path: Path | str) -> dict[str, list]:
-    """Read a .jsonl file (the split "train"), or a directory with train.jsonl and optionally valid.jsonl and test.jsonl.
+    """Read a .jsonl file (the split "train"), or a directory with train.jsonl, valid.jsonl, test.jsonl or some of them.
 
     returns split name -> [(source "file:line", JSON value)]; blank lines are skipped
     Raises InputError naming the first faulty line and the number of others.
@@ -106,14 +106,15 @@ def encode_dataset(rows: Iterable, tokenizer, *, mask_prompt: bool = True, seq_l
 
 def _raise_first(faults):
     if faults:
-        raise InputError(faults[0] + (f" (and {counted(len(faults) - 1, 'more faulty row')})" if len(faults) > 1 else ""))
+        more = f" (and {counted(len(faults) - 1, 'more faulty row')})" if len(faults) > 1 else ""
+        raise InputError(faults[0] + more)
 
 
 def _fit_length(example, seq_len, truncate):
     n = len(example.tokens)
     if seq_len is not None and n > seq_len:
         if not truncate:
-            raise InputError(f"{n} tokens are more than `seq_len` {seq_len}: raise it, or cut rows with `truncate=True`")
+            raise InputError(f"{n} tokens are more than `seq_len` {seq_len}: raise it, or cut with `truncate=True`")
         example = Example(example.tokens[:seq_len], example.labels[:seq_len], example.source)
     if not example.kept:
         cut = f" in the first {seq_len} of {n} tokens: raise `seq_len`" if len(example.tokens) < n else ""
@@ -201,7 +202,7 @@ def _conversation(tokenizer, messages, tools):
 def _string(row, field, empty=False):
     value = row.get(field)
     if not isinstance(value, str):
-        raise InputError(f"{field} is missing" if field not in row else f"{field} must be text, it is {json_kind(value)}")
+        raise InputError(f"{field} must be text, it is {json_kind(value)}" if field in row else f"{field} is missing")
     if not value and not empty:
         raise InputError(f"{field} is empty")
     return value

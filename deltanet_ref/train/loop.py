@@ -121,8 +121,8 @@ def _mean_loss_and_grads(loss_and_grads, micro, iteration):
     """Mean over the kept tokens of all micro-batches: sum_i (kept_i / kept) loss_i, and the gradients likewise."""
     kept = sum(batch.kept for batch in micro)
     if not kept:
-        raise InputError(f"no trained token is left at iteration {iteration}: the batches ran out, or all their labels are "
-                         "ignored")
+        raise InputError(f"no trained token is left at iteration {iteration}: the batches ran out, or all their labels "
+                         "are ignored")
     mean, total = 0.0, {}
     for batch in micro:
         loss, gradients = loss_and_grads(batch)

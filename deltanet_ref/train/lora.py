@@ -110,8 +110,8 @@ def prepare(rows: dict[str, list], model, options: TrainOptions) -> dict[str, li
         return {"train": train, "valid": encode_dataset(rows["valid"], **encode)}
     held_out = math.ceil(options.val_fraction * len(train))
     if held_out == len(train):
-        raise InputError(f"`val_fraction` {options.val_fraction} holds out {counted(len(train), 'row')}, all of them: lower "
-                         "it")
+        raise InputError(f"`val_fraction` {options.val_fraction} holds out {counted(len(train), 'row')}, all of them: "
+                         "lower it")
     order = np.random.default_rng(options.seed).permutation(len(train))
     valid, kept = np.sort(order[:held_out]), np.sort(order[held_out:])
     return {"train": [train[i] for i in kept], "valid": [train[i] for i in valid]}

@@ -38,7 +38,7 @@ def conversation_tokens(tokenizer, messages: list[dict], **options) -> tuple[np.
 
     full = render(messages)
     if SENTINEL in full:
-        raise InputError("the conversation contains U+E000 U+F8FF U+E000, which mark positions in a template: remove them")
+        raise InputError("the conversation contains U+E000 U+F8FF U+E000, which mark positions here: remove them")
     tokens = np.array(tokenizer.encode(full), np.int32)
     ends = np.cumsum([len(tokenizer.token_bytes(token)) for token in tokens])
     begins = ends - np.diff(ends, prepend=0)  # byte positions of each token in full
@@ -58,8 +58,8 @@ def conversation_tokens(tokenizer, messages: list[dict], **options) -> tuple[np.
         first, last = np.searchsorted(begins, [_byte(full, start), _byte(full, stop)])
         end = next((t for t in range(first, last) if tokens[t] in tokenizer.eos_ids), None)
         if end is None:
-            raise InputError(f"the chat template ends message {i + 1} (assistant) without an end token of the tokenizer, "
-                             f"so the model would never learn to stop. {REMEDY}")
+            raise InputError(f"the chat template ends message {i + 1} (assistant) without an end token of the "
+                             f"tokenizer, so the model would never learn to stop. {REMEDY}")
         produced[first : end + 1] = True
     return tokens, produced
 
@@ -79,8 +79,8 @@ def _content_start(render, full, messages, i):
         before, sentinel, _ = render(messages[:i] + [trial] + messages[i + 1 :]).partition(SENTINEL)
         if sentinel and full.startswith(before):
             return len(before)
-    raise InputError(f"the chat template does not show where message {i + 1} ({message['role']}) begins: the text that it "
-                     f"writes before the message depends on the message. {REMEDY}")
+    raise InputError(f"the chat template does not show where message {i + 1} ({message['role']}) begins: the text that "
+                     f"it writes before the message depends on the message. {REMEDY}")
 
 
 def _generation_prompt(render, messages, turns):

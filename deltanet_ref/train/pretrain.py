@@ -206,7 +206,7 @@ def pretrain(model: Qwen35, text: str, options: PretrainOptions, *, valid: str =
     def log(record):
         console.log(record)
         if isinstance(record, EvalRecord):
-            console.line(f"Iter {record.iteration}: {record.loss * bits_per_nat:.4f} bits per byte on the validation text")
+            console.line(f"Iter {record.iteration}: {record.loss * bits_per_nat:.4f} bits per byte of validation text")
 
     def save_current():
         parallel.update_decay()
@@ -215,7 +215,7 @@ def pretrain(model: Qwen35, text: str, options: PretrainOptions, *, valid: str =
     keep_freed_memory()
     with threads(model.backend, 1):                 # of the operators: the sequences are distributed instead
         parallel = ParallelModel(model, options.threads, options.dropout, options.seed)
-        batches, timed = (stream_batches(documents, options.batch_size, options.seq_len, options.seed) for _ in range(2))
+        batches, timed = (stream_batches(documents, options.batch_size, options.seq_len, options.seed) for _ in "ab")
         steps = options.steps or steps_in(60 * options.minutes, parallel, islice(timed, TIMED_BATCHES))
         decayed = matrices(model.config)
         with console.running(steps):

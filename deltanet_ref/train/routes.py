@@ -1,4 +1,4 @@
-"""Compare the ways from a base model and an adapter to a small model: quantise below the adapter, after or before it."""
+"""Ways from a base model and an adapter to a small model, compared: quantise below the adapter, after or before it."""
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
