@@ -215,7 +215,7 @@ def test_what_is_no_plain_lora_is_refused_with_the_list_unless_dropped(tmp_path,
         assert (key in error) == (kind in ("conv1d", "A_log", "dt_bias")), key
     assert not (tmp_path / "a.gguf").exists()
     assert convert(*convert_it, "--drop", drop) == 0
-    assert "left out, as --drop says" in capsys.readouterr().err
+    assert "left out, as --drop requests" in capsys.readouterr().err
     assert stored(tmp_path / "a.gguf") == stored(FIXTURES / "eq" / "lora.gguf")
 
 
@@ -236,9 +236,9 @@ def test_metadata_given_on_the_command_line_is_in_the_adapter(tmp_path):
 
 @pytest.mark.parametrize("arguments, match", [
     (["eq/lora", "-o", "{out}/a.gguf"], "needs --base"),
-    (["eq/lora", "-o", "{out}/a.gguf", "--base", "eq/lora.gguf"], "not a model"),
+    (["eq/lora", "-o", "{out}/a.gguf", "--base", "eq/lora.gguf"], "not 'model'"),
     (["grouped/lora", "-o", "{out}/a.gguf", "--base", "eq/hf"], "misshapen"),
-    (["eq/lora", "-o", "{out}/a.gguf", "--base", "eq/hf", "--type", "q8_0"], "not for LoRA factors"),
+    (["eq/lora", "-o", "{out}/a.gguf", "--base", "eq/hf", "--type", "q8_0"], "LoRA factors cannot be stored as"),
     (["eq/hf", "-o", "{out}/a", "--type", "q8_0"], "ends in .gguf"),
     (["eq/hf", "-o", "{out}/a.gguf", "--drop", "dora"], "--drop is for adapters"),
     (["eq/hf", "-o", "{out}/none/a.gguf"], "create it first"),
@@ -276,7 +276,7 @@ def test_a_damaged_adapter_in_safetensors_is_refused(tmp_path, capsys):
     weights = peft / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert convert(peft, "-o", tmp_path / "a.gguf", "--base", FIXTURES / "eq" / "hf") == 2
-    assert "no safetensors file" in capsys.readouterr().err
+    assert "not a safetensors file" in capsys.readouterr().err
 
 
 def test_streamed_bytes_of_the_wrong_size_do_not_become_a_file(tmp_path):

@@ -1,4 +1,5 @@
 """formats/quants.py against blocks that ggml itself quantised and dequantised, and against the gguf package."""
+import itertools
 import struct
 
 import gguf
@@ -7,7 +8,8 @@ import pytest
 
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
-from deltanet_ref.formats.quants import QUANTIZABLE, TYPES, dequantize, quantize, rows, stored_bytes
+from deltanet_ref.formats.quants import (QUANTIZABLE, TYPES, dequantize, finite, quantize, rows, stored_bytes,
+                                         stored_finite)
 from tests.paths import FIXTURES
 
 GGML = np.load(FIXTURES / "dequant.npz")
@@ -148,3 +150,67 @@ def test_bytes_and_shape_must_agree():
         dequantize(np.zeros(68, np.uint8), Type.Q8_0, (4, 16))
     with pytest.raises(InputError, match="whole Q4_0 blocks of 32"):
         quantize(np.zeros((2, 33)), Type.Q4_0)
+
+
+# --- values that are not finite ------------------------------------------------------------------------------------
+
+def finite_blocks(kind, n):
+    """n random blocks of finite values, (n, size): those of random bytes that the gguf package decodes as such."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(int(kind)).integers(0, 256, (4 * n, size), np.uint8)
+    return raw[decoded_finite(raw, kind)][:n].copy()
+
+
+def decoded_finite(blocks, kind):
+    """Whether each block holds finite values only, by decoding it with the gguf package."""
+    with np.errstate(all="ignore"):
+        values = blocks.view(np.float64) if kind == Type.F64 else gguf.quants.dequantize(blocks, kind)
+    return np.isfinite(values.reshape(len(blocks), -1)).all(axis=1)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_block_that_decodes_to_nan_or_infinity_is_found_wherever_it_is(kind, monkeypatch):
+    """Each byte in turn, and each pair of bytes, becomes the extreme of a field: all exponent bits set or all but one,
+    as float16 and bfloat16 have them, and 8-bit scales. Whether that is finite is what decoding says. The tensor is
+    examined in several pieces, of which the first, a middle and the last block are tried."""
+    monkeypatch.setattr(quants, "SCANNED", 3 * gguf.GGML_QUANT_SIZES[kind][1])
+    monkeypatch.setattr(quants, "DECODED", 3 * gguf.GGML_QUANT_SIZES[kind][1])
+    good = finite_blocks(kind, 11)
+    assert len(good) == 11 and stored_finite(good.reshape(-1), kind)
+    values = [bytes([x]) for x in (0x7F, 0xFF, 252, 253, 254)] + [
+        struct.pack("<H", x) for x in (0x7C00, 0xFC00, 0x7E01, 0xFFFF, 0x7BFF, 0xFBFF, 0x7F80, 0xFF80, 0x7F7F, 0x8000)]
+    size = good.shape[1]
+    changed = np.repeat(good[:1], len(values) * size, axis=0)
+    for row, (value, at) in zip(changed, itertools.product(values, range(size))):
+        row[at:at + len(value)] = np.frombuffer(value, np.uint8)[:size - at]
+    judged = decoded_finite(changed, kind)
+    assert judged.any() and judged.all() == (kind == Type.NVFP4)          # whose scales are never NaN or infinite
+    for block, expected in zip(changed, judged):
+        for place in (0, 5, 10) if not expected else (5,):
+            raw = good.copy()
+            raw[place] = block
+            assert stored_finite(raw.reshape(-1), kind) == expected, (place, block.tolist())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_an_array_with_nan_or_infinity_is_found_at_any_place_and_stride(dtype, monkeypatch):
+    monkeypatch.setattr(quants, "SCANNED", 256)
+    x = np.random.default_rng(5).standard_normal((7, 46)).astype(dtype)
+    limits = np.finfo(dtype)
+    x[0, 0], x[3, 17], x[6, 45], x[2, 2], x[5, 5] = limits.max, limits.min, -0.0, limits.smallest_subnormal, limits.tiny
+
+    def views(x):
+        return x, x.T, x[::-1, ::3], x.reshape(-1)[::3]
+
+    assert all(map(finite, views(x))) and finite(np.zeros((0, 3), dtype)) and finite(dtype(2.5))
+    for value, place in itertools.product((np.nan, -np.nan, np.inf, -np.inf), ((0, 0), (3, 18), (6, 45))):
+        bad = x.copy()
+        bad[place] = value
+        assert [finite(view) for view in views(bad)] == [np.isfinite(view).all() for view in views(bad)]
+        assert not finite(bad)
+    assert not finite(dtype(np.inf))
+
+
+def test_a_type_that_cannot_be_read_is_not_called_finite():
+    with pytest.raises(InputError, match="Q8_K cannot be read"):
+        stored_finite(np.zeros(292, np.uint8), Type.Q8_K)
