@@ -10,6 +10,8 @@ from deltanet_ref.errors import InputError
 from deltanet_ref.model.gated_attention import AttentionState
 from deltanet_ref.model.generate import sample
 from tests.paths import FIXTURES
+from tests.test_ops_backward import BOTH
+from tests.tolerances import assert_identical, assert_within_floors, noise_floors
 
 
 def composed(qkv, z, b, a, conv_state, S, *, conv, decay, dt_bias, norm, eps, head_order):
@@ -20,7 +22,8 @@ def composed(qkv, z, b, a, conv_state, S, *, conv, decay, dt_bias, norm, eps, he
     q, k, v = (x.reshape(N, 1, -1, d) for x, d in zip(np.split(y, [keys, 2 * keys], -1), (d_k, d_k, d_v)))
     q, k = ops.l2_norm_forward(q)[0], ops.l2_norm_forward(k)[0]
     g, beta, _ = ops.decay_gate_forward(a[:, None], b[:, None], np.log(-decay), dt_bias)
-    o, new_S = ops.gated_delta_rule_step(q[:, 0], k[:, 0], v[:, 0], g=g[:, 0], beta=beta[:, 0], S=S, head_order=head_order)
+    o, new_S = ops.gated_delta_rule_step(q[:, 0], k[:, 0], v[:, 0], g=g[:, 0], beta=beta[:, 0], S=S,
+                                         head_order=head_order)
     return ops.gated_rms_norm_forward(o, z.reshape(o.shape), norm, eps)[0], new_conv_state, new_S
 
 
@@ -34,16 +37,21 @@ def test_a_delta_layer_in_one_kernel_is_the_operators_one_after_the_other(seed, 
     arrays = [rng.standard_normal(shape) for shape in shapes]
     tensors = dict(conv=rng.standard_normal((width, K)), decay=-np.exp(rng.standard_normal(H_v)),
                    dt_bias=rng.standard_normal(H_v), norm=rng.standard_normal(d_v))
-    before = [x.copy() for x in arrays]
-    exact = composed(*arrays, **tensors, eps=1e-6, head_order=head_order)
-    for found, expected in zip(nb.delta_layer_step(*arrays, **tensors, eps=1e-6, head_order=head_order), exact):
-        np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)            # both sides round, in another order
-    assert all(np.array_equal(x, y) for x, y in zip(arrays, before))
-    narrow = [x.astype(np.float32) for x in arrays], {name: x.astype(np.float32) for name, x in tensors.items()}
-    wide = [x.astype(np.float64) for x in narrow[0]], {name: x.astype(np.float64) for name, x in narrow[1].items()}
-    exact = composed(*wide[0], **wide[1], eps=1e-6, head_order=head_order)
-    for found, expected in zip(nb.delta_layer_step(*narrow[0], **narrow[1], eps=1e-6, head_order=head_order), exact):
-        assert found.dtype == np.float32 and np.abs(found - expected).max() < 3e-5 * max(np.abs(expected).max(), 1)
+
+    def called(step, x):
+        return list(step(*x[:6], **dict(zip(tensors, x[6:])), eps=1e-6, head_order=head_order))
+
+    everything = [*arrays, *tensors.values()]
+    for dtype in (np.float64, np.float32):
+        x = [array.astype(dtype) for array in everything]
+        before = [array.copy() for array in x]
+        found = called(nb.delta_layer_step, x)
+        exact = called(composed, [array.astype(np.float64) for array in x])
+        floors = noise_floors(lambda x: called(composed, x), x, dtype)
+        assert all(result.dtype == dtype for result in found)
+        assert_within_floors(("o", "conv_state", "S"), found, exact, floors, BOTH)
+        for array, same in zip(x, before, strict=True):
+            assert_identical("argument", array, same)
     with pytest.raises(InputError, match="float32 and float64"):
         nb.delta_layer_step(*arrays[:5], arrays[5].astype(np.float32), **tensors, eps=1e-6, head_order=head_order)
 
@@ -85,7 +93,7 @@ def test_a_cache_that_grows_token_by_token_is_the_concatenation_and_is_seldom_co
         state = state.append(*piece)
         rooms.add(id(state.room))
         for found, expected in zip(state, np.concatenate(pieces[:i], 2), strict=True):
-            assert np.array_equal(found, expected)
+            assert_identical("keys and values", found, expected)
     assert len(rooms) <= 4                         # 72, then a quarter more than what was needed and 64, each time
 
 
@@ -96,9 +104,10 @@ def test_a_cache_that_is_continued_twice_gives_each_continuation_its_own():
     more = [keys_values(rng, n) for n in (1, 3, 2)]
     states = [start.append(*m) for m in more]
     for state, (k, v) in zip(states, more):
-        assert np.array_equal(state.k, np.concatenate([before[0], k], 1))
-        assert np.array_equal(state.v, np.concatenate([before[1], v], 1))
-    assert all(np.array_equal(x, y) for x, y in zip(start, before))
+        assert_identical("k", state.k, np.concatenate([before[0], k], 1))
+        assert_identical("v", state.v, np.concatenate([before[1], v], 1))
+    for x, y in zip(start, before, strict=True):
+        assert_identical("what was continued", x, y)
     assert states[0].room is start.room and not np.shares_memory(states[1].k, states[2].k)
 
 
