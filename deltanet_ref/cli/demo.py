@@ -72,7 +72,8 @@ def describe(model):
     parameters = sum(w.size for w in model.weights.values())
     delta = model.config.layer_types.count("linear_attention")
     return (f"{format_count(parameters)} parameters in {demo.MODEL.stat().st_size / 1e6:.1f} MB; {delta} layers of "
-            f"Gated DeltaNet, {len(model.config.layer_types) - delta} of softmax attention, {model.config.vocab_size} tokens")
+            f"Gated DeltaNet, {len(model.config.layer_types) - delta} of softmax attention, {model.config.vocab_size} "
+            "tokens")
 
 
 def figures(before, after):

@@ -122,7 +122,7 @@ def _inactive(model, name):
 
 
 def _tokens(model, ids, activated, start, on_prefill, choose):
-    """Endless tokens after ids. activated: name of an activated LoRA, active from ids[start]; choose: logits -> token."""
+    """Endless tokens after ids. activated: name of an activated LoRA, active from ids[start]; choose: logits -> id."""
     state, inactive = None, activated if start == len(ids) else None
     ends = sorted({*range(PREFILL_TOKENS, len(ids), PREFILL_TOKENS), start, len(ids)} - {0})
     for begin, end in zip([0, *ends], ends):

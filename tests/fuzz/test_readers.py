@@ -1,4 +1,4 @@
-"""Foreign files give one clear error, at once and in little memory: the corpus, mutated files, and each kind by name."""
+"""Bad files give one clear error, quickly and in little memory: the corpus, mutated files, and each kind of damage."""
 import json
 import shutil
 import signal
@@ -39,7 +39,7 @@ def work(good, tmp_path):
 
 @contextmanager
 def bounded(seconds=SECONDS, megabytes=MEGABYTES):
-    """Fails when the block hangs, or has more than so much memory at a time."""
+    """Fails if the block hangs or exceeds this much memory at any time."""
     def stop(signum, frame):
         raise AssertionError(f"not done after {seconds} s")
 
@@ -64,7 +64,7 @@ def test_good_files_pass_every_reader_made_for_them(target, good, work):
 
 @pytest.mark.parametrize("target", readers.TARGETS)
 def test_the_corpus_gives_nothing_but_clear_errors(target, work):
-    """Small inputs that the fuzzer kept, each for code that the others do not reach."""
+    """Small inputs that the fuzzer kept, each because it reaches code that the others do not."""
     files = sorted((CORPUS / target).iterdir())
     assert files
     for path in files:
