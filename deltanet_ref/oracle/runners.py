@@ -369,7 +369,8 @@ class Program:
         except ValueError as error:
             raise InputError(f"the command {shown(command)} cannot be parsed: {error}") from error
         if not any("{in}" in word for word in self.words) or not any("{out}" in word for word in self.words):
-            raise InputError(f"the command {shown(command)} must contain {{in}} and {{out}}, the files to read and write")
+            raise InputError(f"the command {shown(command)} must contain {{in}} and {{out}}, the files to read and "
+                             "to write")
         self.format, self.timeout, self.dtype = format, timeout, dtype
         self.directory = tempfile.TemporaryDirectory(prefix="deltanet-ref-")
         self.provenance = _program_facts(self.words)
