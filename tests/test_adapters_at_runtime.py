@@ -56,7 +56,7 @@ def test_a_prompts_state_is_never_continued_under_another_adapter(model):
     model.attach(a, scale=0.5, name="a")
     _, adapted = model.prefill(tokens)
     model.step(3, adapted)
-    with pytest.raises(InputError, match="other adapters.*read the prompt again"):
+    with pytest.raises(InputError, match="other adapters.*process the prompt again"):
         model.step(3, plain)
     model.detach("a")
     with pytest.raises(InputError, match="other adapters"):

@@ -22,8 +22,9 @@ from deltanet_ref.backends.numba_cpu import kernel
 from deltanet_ref.errors import InputError
 from deltanet_ref.ops import gated_delta_rule as gdr
 from tests import ops_cases, test_model, test_ops_backward
-from tests.delta_rule import delta_rule_arguments, relative
+from tests.delta_rule import delta_rule_arguments
 from tests.ops_cases import CASES, incoming, run
+from tests.tolerances import relative
 
 ROOT = Path(__file__).parents[1]
 DELTA_OUTPUTS = ("o", "S_end", "dq", "dk", "dv", "dg", "dbeta", "dS0")

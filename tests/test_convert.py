@@ -244,7 +244,7 @@ def test_types_are_accepted_as_info_prints_them(tmp_path):
 
 @pytest.mark.parametrize("arguments, match", [
     (["eq/lora", "-o", "{out}/a.gguf"], "needs --base"),
-    (["eq/lora", "-o", "{out}/a.gguf", "--base", "eq/lora.gguf"], "not a model"),
+    (["eq/lora", "-o", "{out}/a.gguf", "--base", "eq/lora.gguf"], "not 'model'"),
     (["grouped/lora", "-o", "{out}/a.gguf", "--base", "eq/hf"], "misshapen"),
     (["eq/lora", "-o", "{out}/a.gguf", "--base", "eq/hf", "--type", "q8_0"], "LoRA factors cannot be stored as"),
     (["eq/hf", "-o", "{out}/a", "--type", "q8_0"], "ends in .gguf"),

@@ -1,14 +1,13 @@
 """Token by token: the delta layer's one kernel, what is sampled, the room behind a KV cache."""
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import deltanet_ref as dr
 from deltanet_ref import ops
 from deltanet_ref.backends import numba_cpu as nb
 from deltanet_ref.errors import InputError
-from deltanet_ref.model.gated_attention import AttentionState
+from deltanet_ref.model.layers.gated_attention import AttentionState
 from deltanet_ref.model.generate import sample
 from tests.paths import FIXTURES
 
@@ -81,26 +80,26 @@ def keys_values(rng, L):
 def test_a_cache_that_grows_token_by_token_is_the_concatenation_and_is_seldom_copied():
     rng = np.random.default_rng(0)
     pieces = [keys_values(rng, L) for L in (7, *[1] * 200, 90, 1)]
-    state, rooms = AttentionState(*pieces[0]), set()
+    state, buffers = AttentionState(*pieces[0]), set()
     for i, piece in enumerate(pieces[1:], 2):
-        state = state.append(*piece)
-        rooms.add(id(state.room))
+        state = state.append(*piece, np)
+        buffers.add(id(state.buffer))
         for found, expected in zip(state, np.concatenate(pieces[:i], 2), strict=True):
             assert np.array_equal(found, expected)
-    assert len(rooms) <= 4                         # 72, then a quarter more than what was needed and 64, each time
+    assert len(buffers) <= 4                         # 72, then a quarter more than what was needed and 64, each time
 
 
 def test_a_cache_that_is_continued_twice_gives_each_continuation_its_own():
     rng = np.random.default_rng(1)
-    start = AttentionState(*keys_values(rng, 4)).append(*keys_values(rng, 2))
+    start = AttentionState(*keys_values(rng, 4)).append(*keys_values(rng, 2), np)
     before = [x.copy() for x in start]
     more = [keys_values(rng, n) for n in (1, 3, 2)]
-    states = [start.append(*m) for m in more]
+    states = [start.append(*m, np) for m in more]
     for state, (k, v) in zip(states, more):
         assert np.array_equal(state.k, np.concatenate([before[0], k], 1))
         assert np.array_equal(state.v, np.concatenate([before[1], v], 1))
     assert all(np.array_equal(x, y) for x, y in zip(start, before))
-    assert states[0].room is start.room and not np.shares_memory(states[1].k, states[2].k)
+    assert states[0].buffer is start.buffer and not np.shares_memory(states[1].k, states[2].k)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])

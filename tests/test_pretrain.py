@@ -35,12 +35,12 @@ def random_batch(lengths=(9, 14, 5)):
 
 
 def parallel_model(threads=2, dropout=0.0):
-    return ParallelModel(Qwen35(CONFIG, new_model(CONFIG, 3, "float64"), backend=ops), threads, dropout, seed=7)
+    return ParallelModel(Qwen35(CONFIG, new_model(CONFIG, 3, ops, "float64")), threads, dropout, seed=7)
 
 
 def test_a_new_model_has_every_tensor_and_the_stated_distributions():
     config = Config(**vars(CONFIG) | {"hidden_size": 240, "linear_num_value_heads": 300, "vocab_size": 500})
-    weights = new_model(config, seed=1)
+    weights = new_model(config, 1, ops)
     assert {name: w.shape for name, w in weights.items()} == {n: s.shape for n, s in expected_tensors(config).items()}
     assert all(w.dtype == np.float32 for w in weights.values())
     decay, step = -weights["blk.0.ssm_a"], softplus(weights["blk.0.ssm_dt.bias"])

@@ -9,8 +9,7 @@ import unicodedata
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.gguf import StringArray, read_gguf, write_gguf

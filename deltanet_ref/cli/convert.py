@@ -77,7 +77,7 @@ def is_adapter(path: Path | str) -> bool:
     """Whether a file or directory holds an adapter, by its contents. Raises InputError for a directory without either
     configuration file, and for a file that is not GGUF."""
     from deltanet_ref.formats.gguf import read_gguf
-    from deltanet_ref.model.config import is_text
+    from deltanet_ref.formats.values import is_text
 
     path = Path(path)
     if not path.is_dir():

@@ -47,7 +47,7 @@ def describe(path):
     path = Path(path)
     if not path.is_dir():
         from deltanet_ref.formats.gguf import read_gguf
-        from deltanet_ref.model.config import is_text
+        from deltanet_ref.formats.values import is_text
 
         file = read_gguf(path)
         if is_text(file.metadata.get("general.type"), "adapter"):

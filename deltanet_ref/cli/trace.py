@@ -1,12 +1,11 @@
-"""deltanet-ref trace: every named tensor of one forward, and of its backward, in a file."""
+"""deltanet-ref trace: write every named tensor of a forward, and optionally of its backward, to a file."""
 from pathlib import Path
 
 from deltanet_ref.cli.model import add_adapter_argument, add_model_arguments, load
 from deltanet_ref.errors import InputError
 
 EPILOG = """\
-docs/trace.md lists the names, for other implementations to write the same. Runs on the numpy backend unless --backend
-says otherwise.
+docs/trace.md lists the names, so that other implementations can write the same file. The default backend is numpy.
 
 example:
   deltanet-ref trace model.gguf --tokens 17,401,3,250 --backward -o ours.safetensors
@@ -22,7 +21,8 @@ def add_arguments(parser):
     add_adapter_argument(parser)
     add_token_arguments(parser)
     parser.add_argument("--backward", action="store_true",
-                        help="the gradients too, of activations and parameters: the loss is that of each next token")
+                        help="also write the gradients of activations and parameters; the loss is the cross-entropy of "
+                             "each next token")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the .safetensors file to write")
 
 
@@ -44,12 +44,12 @@ def run(args):
 
 def add_token_arguments(parser, required=True):
     given = parser.add_mutually_exclusive_group(required=required)
-    given.add_argument("--tokens", metavar="ID,ID,...", help="token ids")
-    given.add_argument("-p", "--prompt", metavar="TEXT", help="a text, which the model's tokenizer encodes")
+    given.add_argument("--tokens", metavar="ID,ID,...", help="token ids, separated by commas")
+    given.add_argument("-p", "--prompt", metavar="TEXT", help="text, encoded by the model's tokenizer")
 
 
 def read_tokens(args, model):
-    """The ids of --tokens or of --prompt."""
+    """Token ids from --tokens or --prompt, a list of int. Raises InputError when there are none."""
     if args.tokens is None:
         if model.tokenizer is None:
             raise InputError("the model has no tokenizer: give --tokens")
@@ -58,7 +58,7 @@ def read_tokens(args, model):
         try:
             ids = [int(word) for word in args.tokens.split(",")]
         except ValueError:
-            raise InputError(f"--tokens {args.tokens}: write ids with commas between them, such as 17,401,3") from None
+            raise InputError(f"--tokens {args.tokens}: write ids separated by commas, such as 17,401,3") from None
     if not ids:
         raise InputError("the prompt is empty")
     return ids

@@ -1,4 +1,4 @@
-"""deltanet-ref vectors: the conformance cases as files, one pair for each case; listed, made and checked."""
+"""deltanet-ref vectors: list, export, generate and verify the conformance cases."""
 from pathlib import Path
 
 EPILOG = """\
@@ -13,28 +13,29 @@ def add_arguments(parser):
     parser.epilog = EPILOG
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true",
-                      help="every case with its sizes and flags, and what each flag brings out")
-    what.add_argument("--out", metavar="DIR", help="write each case's inputs and expected answers as files")
-    what.add_argument("--make", metavar="DIR", help="make the vectors of the package anew, from the definition")
+                      help="list every case with its sizes and flags, and what each flag catches")
+    what.add_argument("--out", metavar="DIR", help="write the inputs and expected values of each case as files")
+    what.add_argument("--make", metavar="DIR", help="regenerate the package's vectors from the definition")
     what.add_argument("--verify", action="store_true",
-                      help="make them anew in memory, and compare with those of the package")
+                      help="regenerate them in memory and compare with the package's files")
     parser.add_argument("--cases", nargs="+", metavar="PATTERN", default=["*"],
-                        help="case ids, shell patterns or groups (default all)")
-    parser.add_argument("--format", choices=("safetensors", "npz", "gguf"), default="safetensors", help="of --out")
+                        help="case ids, shell patterns or groups, for --list and --out (default: all)")
+    parser.add_argument("--format", choices=("safetensors", "npz", "gguf"), default="safetensors",
+                        help="file format of --out (default: safetensors)")
 
 
 def run(args):
-    from deltanet_ref.oracle import generate
-    from deltanet_ref.oracle.cases import select
+    from deltanet_ref.oracle.cases import CASES, select
     from deltanet_ref.oracle.expected import VECTORS
+    from deltanet_ref.oracle.make_vectors import ELSEWHERE, verify_vectors, write_vectors
 
     if args.make:
-        generate.write_vectors(args.make)
-        print(f"{len(generate.CASES)} cases written to {args.make}")
+        write_vectors(args.make)
+        print(f"{len(CASES)} cases written to {args.make}")
     elif args.verify:
-        wrong = generate.verify_vectors(VECTORS)
-        print("\n".join(wrong) or f"{len(generate.CASES)} cases: sums, metadata and inputs are the same, "
-              f"answers within {generate.ELSEWHERE:g} of their scale")
+        wrong = verify_vectors(VECTORS)
+        print("\n".join(wrong) or f"{len(CASES)} cases: sums, metadata and inputs are the same, "
+              f"answers within {ELSEWHERE:g} of their scale")
         return 1 if wrong else 0
     elif args.list:
         print_list(select(args.cases))
@@ -55,16 +56,15 @@ def print_list(cases):
 
 
 def export(cases, directory, format):
-    """DIR/CASE-ID.in.FORMAT holds the inputs, DIR/CASE-ID.expected.FORMAT the answers, their scales and floors."""
+    """Write DIR/CASE-ID.in.FORMAT (inputs) and DIR/CASE-ID.expected.FORMAT (expected values, scales and floors)."""
     from deltanet_ref.oracle.cases import make_inputs
     from deltanet_ref.oracle.exchange import write_case
-    from deltanet_ref.oracle.generate import make_entry
+    from deltanet_ref.oracle.expected import expected
 
     for case in cases:
         inputs = make_inputs(case)
         target = directory / case.id
         target.parent.mkdir(parents=True, exist_ok=True)
         write_case(f"{target}.in.{format}", inputs)
-        answers = {name: array for name, array in make_entry(case)[1].items() if name not in inputs}
-        write_case(f"{target}.expected.{format}", answers)
+        write_case(f"{target}.expected.{format}", expected(case).tensors())
     print(f"{len(cases)} cases written to {directory}, CASE-ID.in.{format} and CASE-ID.expected.{format}")

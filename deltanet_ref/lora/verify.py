@@ -213,7 +213,7 @@ def _effect(model, adapter, prompts, scale):
     before, after = log_softmax(base), log_softmax(adapted)
     losses = {name: _losses(logits, prompts) for name, logits in (("base", base), ("adapted", adapted))}
     other = _better_order(model, adapter, prompts, scale, losses["adapted"])
-    merged_model = Qwen35(model.config, MergedWeights(model.weights, [(adapter, scale)]), backend=model.backend)
+    merged_model = Qwen35(model.config, MergedWeights(model.weights, [(adapter, scale)]))
     return Effect(
         positions=len(base), distance=_distance(adapted, base),
         kl=float(np.mean(np.sum(np.exp(before) * (before - after), axis=-1))),
@@ -256,7 +256,7 @@ class MergedWeights(Mapping):
     """model.weights.Weights with adapters merged in, for forward passes only; each sum is formed when it is used."""
 
     def __init__(self, weights, adapters):
-        self._weights, self._adapters, self.dtype = weights, adapters, weights.dtype
+        self._weights, self._adapters, self.dtype, self.backend = weights, adapters, weights.dtype, weights.backend
 
     def __getitem__(self, name):
         w = self._weights[name]
@@ -264,8 +264,8 @@ class MergedWeights(Mapping):
             return w
         return merged(w, target=name, adapters=self._adapters).astype(self.dtype)
 
-    def linear_forward(self, ops, names, x):
-        return [ops.linear_forward(x, self[name]) for name in names]
+    def linear_forward(self, names, x):
+        return [self.backend.linear_forward(x, self[name]) for name in names]
 
     def rows(self, name, ids):
         return self._weights.rows(name, ids)        # embeddings, which no adapter changes

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from deltanet_ref.oracle.cases import make_inputs, select
-from deltanet_ref.oracle.compare import CaseResult, compare, pipeline
-from deltanet_ref.oracle.generate import VERSION
+from deltanet_ref.oracle.compare import CaseResult, compare_case, pipeline
 from deltanet_ref.oracle.layouts import Layout, cannot_express, put, take
+from deltanet_ref.oracle.make_vectors import VERSION
 from deltanet_ref.oracle.noise import FACTOR
 from deltanet_ref.oracle.operators import OPERATORS
 from deltanet_ref.oracle.runners import Callables
@@ -157,7 +157,7 @@ def examine(runner, cases, *, dtype, layout, gradients=None, progress=lambda cas
     for case in cases:
         if case.id in answered:
             right, outputs = answered[case.id]
-            results[case.id] = compare(case, right, outputs, dtype=dtype, gradients=gradients)
+            results[case.id] = compare_case(case, right, outputs, dtype=dtype, gradients=gradients)
     device = " and ".join(sorted(devices - {""}))
     return Report([results[case.id] for case in cases], dtype, gradients,
                   runner.provenance + (f" with {device}" if device else ""), layout)

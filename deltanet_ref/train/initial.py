@@ -12,7 +12,7 @@ DECAY = (1.0, 16.0)                # -ssm_a = exp(A_log), uniform
 STEP_SIZE = (1e-3, 0.1)            # softplus(dt_bias), log-uniform; a state fades over 1 / (step size x decay) tokens
 
 
-def new_model(config, seed, dtype="float32"):
+def new_model(config, seed, backend, dtype="float32"):
     """Draw the tensors of a new model: Weights, dense.
 
     matrices          normal, 0.02; ssm_out, attn_output, ffn_down 0.02 / sqrt(2 layers), as 2 layers of them add up in
@@ -23,7 +23,7 @@ def new_model(config, seed, dtype="float32"):
     rng = np.random.default_rng(seed)
     drawn = {name: _initial(name, spec.shape, config, rng).astype(dtype)
              for name, spec in expected_tensors(config).items()}
-    return Weights(config, drawn, dtype)
+    return Weights(config, drawn, dtype, backend)
 
 
 def _initial(name, shape, config, rng):

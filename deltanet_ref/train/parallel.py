@@ -54,7 +54,7 @@ class ParallelModel:
         scales = self._dropout_scales(rng)
         config, weights, dtype = self.model.config, self.model.weights, self.model.dtype
         dropped = {name: weights[name] * scales[name] if name in scales else weights[name] for name in weights}
-        model = Qwen35(config, Weights(config, dropped, dtype), backend=self.model.backend)
+        model = Qwen35(config, Weights(config, dropped, dtype, self.model.backend))
         loss, gradients = model.loss_and_grads(tokens, tokens, wrt="all", keep="everything")
         for name, scale in scales.items():
             gradients[name] *= scale

@@ -161,8 +161,9 @@ def run(args):
     directory = args.tokenizer.parent if args.tokenizer.is_file() else args.tokenizer
     tokenizer = Tokenizer.from_hf(directory)
     config = make_config(args, tokenizer.vocab_size)
-    weights = start_weights(args.start, config) if args.start else new_model(config, args.seed)
-    model = Qwen35(config, weights, backend=get_backend(args.backend), tokenizer=tokenizer)
+    backend = get_backend(args.backend)
+    weights = start_weights(args.start, config, backend) if args.start else new_model(config, args.seed, backend)
+    model = Qwen35(config, weights, tokenizer=tokenizer)
     stored_tensors(model.weights, args.type)        # refuses a type that does not fit now, not at the end
     end = end_token(tokenizer)
     about = {f"general.{key}": getattr(args, key) for key in ("name", "description", "license") if getattr(args, key)}
@@ -237,12 +238,12 @@ def make_config(args, vocab_size):
         tie_word_embeddings=True, max_position_embeddings=args.context)
 
 
-def start_weights(path, config):
+def start_weights(path, config, backend):
     """The tensors of a GGUF model of this shape, dense float32 arrays that training may change. Raises InputError."""
-    theirs, weights, _ = weights_from_gguf(read_gguf(path), "float32")
+    theirs, weights, _ = weights_from_gguf(read_gguf(path), "float32", backend)
     if expected_tensors(theirs) != expected_tensors(config):
         raise InputError(f"--start {path}: is a model of another shape than these options give")
-    return Weights(config, {name: np.array(w) for name, w in weights.items()}, "float32")
+    return Weights(config, {name: np.array(w) for name, w in weights.items()}, "float32", backend)
 
 
 def steps_in(seconds, parallel, batches):

@@ -125,7 +125,7 @@ def converse(tokenizer):
 
 
 def model(path):
-    load = weights_from_hf if path.is_dir() else lambda path, dtype: weights_from_gguf(read_gguf(path), dtype)
+    load = weights_from_hf if path.is_dir() else lambda path, *how: weights_from_gguf(read_gguf(path), *how)
     _, weights, _ = load(path, "float32")
     for name in weights:
         assert weights[name].shape == weights.shape(name)
@@ -148,7 +148,7 @@ def convert_model(path):
 
 @cache
 def base():
-    return Qwen35(CONFIG, Weights(CONFIG, good_tensors(), np.float32), backend=ops)
+    return Qwen35(CONFIG, Weights(CONFIG, good_tensors(), np.float32, ops))
 
 
 def verify_adapter(path):

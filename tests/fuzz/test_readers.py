@@ -22,7 +22,7 @@ from tests.fuzz.__main__ import CORPUS
 from tests.fuzz.mutate import mutate
 from tests.test_gguf import array, file, key, string, tensor
 
-SECONDS, MEGABYTES = 5, 24      # one file of a few kB; the slowest takes 0.1 s and 6 MB where this was measured
+SECONDS, MEGABYTES = 120, 24    # one file of a few kB: 6 MB at most, 0.1 s; the seconds only end what hangs
 MUTATED = 60                    # files of each kind
 
 
