@@ -11,8 +11,8 @@ import pytest
 
 import deltanet_ref as dr
 from deltanet_ref.cli.main import COMMANDS, main
+from deltanet_ref.cli.options import flag
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
-from deltanet_ref.train.lora import flag
 from tests.paths import FIXTURES
 
 MODEL = str(FIXTURES / "eq" / "eq-f32.gguf")
@@ -121,7 +121,7 @@ def test_adapters_stack_with_their_scales(capsys):
     assert out == expected + "\n"
 
 
-def test_info_tells_shapes_types_and_template(capsys):
+def test_info_prints_shapes_types_and_template(capsys):
     status, out, _ = run(capsys, "info", QUANTISED, "--json")
     facts = json.loads(out)
     assert (status, facts["architecture"], facts["chat_template"]) == (0, "qwen35", True)
@@ -198,14 +198,14 @@ BAD = [
     ("generate {model}", "one of the arguments"),
     ("generate {model} -p x --prompt-file y", "not allowed with"),
     ("generate {model} -p ''", "prompt is empty"),
-    ("generate {model} -p x --max-tokens 0", "max_tokens 0"),
+    ("generate {model} -p x --max-tokens 0", "--max-tokens 0"),
     ("generate {model} -p x --top-p two", "invalid float value: 'two'"),
     ("generate {model} --prompt-file {d}/absent.txt", "absent.txt"),
     ("generate {model} --prompt-file {d}", "directory"),
     ("generate {model} --prompt-file {d}/latin.txt", "not UTF-8"),
     ("generate {model} -p x --adapter {model}", "LoRA"),
     ("generate {model} -p x --adapter {d}/absent.gguf", "absent.gguf"),
-    ("generate {model} -p x --adapter {adapter}=lots", "'lots' is no number"),
+    ("generate {model} -p x --adapter {adapter}=lots", "'lots' is not a finite number"),
     ("generate {model} -p x --backend abacus", "abacus"),
     ("generate {model} -p x --dtype int8", "int8"),
     ("generate {model} -p x --threads 0", "--threads is 0"),
@@ -215,7 +215,7 @@ BAD = [
     ("eval {model} {data} --seq-len 0", "--seq-len is 0"),
     (TRAIN.replace("{model}", "{d}/cut.gguf"), "truncated"),
     (TRAIN.replace("{data}", "{d}/absent.jsonl"), "no such file"),
-    (TRAIN.replace("{data}", "{d}/empty.jsonl"), "holds no rows"),
+    (TRAIN.replace("{data}", "{d}/empty.jsonl"), "contains no rows"),
     (TRAIN.replace("{data}", "{d}/broken.jsonl"), "broken.jsonl:2: not JSON"),
     (TRAIN.replace("{data}", "{d}/fields.jsonl"), "fields.jsonl:1: has 'txt'"),
     (TRAIN.replace("{data}", "{d}/long.jsonl"), "long.jsonl:1: "),

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deltanet_ref.cli.model import losses_by_type, refuse_input_as_output, tell_notes
+from deltanet_ref.cli.model import losses_by_type, print_notes
+from deltanet_ref.cli.options import add_output_arguments, add_type_argument, check_output
 from deltanet_ref.errors import InputError
 
 PREFIXES = ("model.", "model.language_model.")
@@ -26,11 +27,10 @@ def add_arguments(parser):
 
     parser.epilog = EPILOG
     parser.add_argument("source", metavar="SOURCE", help="an adapter or a base model")
-    parser.add_argument("-o", "--output", required=True, metavar="OUTPUT",
-                        help="a name ending in .gguf, or a directory")
-    parser.add_argument("--type", type=str.lower, choices=CHOICES, metavar="NAME",
-                        help=f"{', '.join(CHOICES)}; adapters and HF directories take the first three only (default: "
-                             "each tensor's own type)")
+    add_output_arguments(parser, "OUTPUT", "a name ending in .gguf, or a new directory",
+                         replaces="an adapter (by an adapter)")
+    add_type_argument(parser, CHOICES, f"{', '.join(CHOICES)}; adapters and HF directories only the first three "
+                                       "(default: each tensor keeps its type)")
     adapter = parser.add_argument_group("adapters")
     adapter.add_argument("--base", metavar="MODEL", help="the base model: a .gguf file or an HF directory")
     adapter.add_argument("--drop", metavar="KIND,...", default="",
@@ -57,18 +57,19 @@ def given_metadata(args) -> dict:
 
 
 def run(args):
-    refuse_input_as_output(args.output, args.source, args.base)
-    if is_adapter(args.source):
+    from_adapter = is_adapter(args.source)
+    check_output(args, inputs=(args.source, args.base), replaces=is_adapter if from_adapter else lambda path: False)
+    if from_adapter:
         return convert_adapter(args)
     given = [option for option in ("base", "drop", "task_name", "prompt_prefix", "invocation") if getattr(args, option)]
     if given:
         raise InputError(f"--{given[0].replace('_', '-')} is for adapters; {args.source} is a base model")
-    from deltanet_ref.model.convert import GGUFBase, check_output, open_base, write_base, writes_gguf
+    from deltanet_ref.model.convert import GGUFBase, check_output as check_types, open_base, write_base, writes_gguf
 
     base = open_base(args.source)
-    check_output(base, args.output, args.type)
+    check_types(base, args.output, args.type)
     if isinstance(base, GGUFBase) != writes_gguf(args.output):
-        tell_notes(base.notes)
+        print_notes(base.notes)
     print(losses_by_type(write_base(base, args.output, args.type)), end="")
     print(f"Wrote {args.output}: {len(base.specs)} tensors")
 
@@ -106,7 +107,7 @@ def convert_adapter(args):
     adapter.metadata |= given_metadata(args)
     if args.invocation:
         adapter.metadata["invocation_tokens"] = load_tokenizer(args.base).encode(args.invocation)
-    tell_notes(adapter.notes)
+    print_notes(adapter.notes)
     kind = args.type or "kept"
     if to_gguf:
         adapter.save_gguf(args.output, kind)

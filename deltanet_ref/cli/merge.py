@@ -1,5 +1,6 @@
 """deltanet-ref merge: a base model with adapters merged into its weights."""
-from deltanet_ref.cli.model import losses_by_type, refuse_input_as_output, split_scale
+from deltanet_ref.cli.model import losses_by_type, split_scale
+from deltanet_ref.cli.options import add_output_arguments, add_type_argument, check_output
 
 EPILOG = """\
 OUTPUT is a GGUF file if its name ends in .gguf, otherwise a new HF directory. Without --type every tensor keeps its
@@ -21,18 +22,16 @@ def add_arguments(parser):
     parser.add_argument("--adapter", action="append", required=True, metavar="FILE[=SCALE]",
                         help="a GGUF adapter or a PEFT directory, multiplied by SCALE (default 1); may be given "
                              "several times")
-    parser.add_argument("-o", "--output", required=True, metavar="OUTPUT",
-                        help="a name ending in .gguf, or a directory")
-    parser.add_argument("--type", type=str.lower, choices=CHOICES, metavar="NAME",
-                        help=f"{', '.join(CHOICES)}; HF directories take the first three only (default: each tensor's "
-                             "own type)")
+    add_output_arguments(parser, "OUTPUT", "a name ending in .gguf, or a new directory")
+    add_type_argument(parser, CHOICES, f"{', '.join(CHOICES)}; HF directories only the first three (default: each "
+                                       "tensor keeps its type)")
 
 
 def run(args):
     from deltanet_ref.lora.merge import merge
 
     adapters = [split_scale(spec) for spec in args.adapter]
-    refuse_input_as_output(args.output, args.base, *(path for path, _ in adapters))
+    check_output(args, inputs=(args.base, *(path for path, _ in adapters)))
     losses = merge(args.base, adapters, args.output, args.type)
     changed = [w for w in losses if w.change is not None]
     if changed:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
-from deltanet_ref.errors import InputError, shown
+from deltanet_ref.errors import InputError, shown, where_to_get
 from deltanet_ref.formats.files import atomic_write, utf8
 from deltanet_ref.formats.quants import stored_bytes
 
@@ -111,7 +111,7 @@ def read_gguf(path: Path | str) -> GGUFFile:
     try:
         data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror}") from e
+        raise InputError(f"{path}: cannot be read: {e.strerror}{where_to_get(path)}") from e
     header = _Header(path, data)
     if bytes(data[:4]) != MAGIC:
         raise InputError(f"{path}: is not a GGUF file (it does not begin with 'GGUF')")

@@ -18,8 +18,7 @@ from functools import lru_cache
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-LONGEST = 1 << 24           # characters of a rendered conversation
-
+LONGEST = 1 << 21           # characters of a rendered conversation: 8 per token of a context of 262,144
 
 def raise_exception(message):
     raise TemplateError(message)
@@ -44,6 +43,17 @@ def limit_memory(size):
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
+def rendered(template, variables):
+    """The text, piece by piece, so that an endless one is stopped."""
+    pieces, length = [], 0
+    for piece in template.generate(**variables):
+        pieces.append(piece)
+        length += len(piece)
+        if length > LONGEST:
+            raise TemplateError(f"it returns more than {LONGEST:,} characters")
+    return "".join(pieces)
+
+
 def serve(seconds, size):
     """Renders one request per line of stdin, until it ends."""
     compiled = lru_cache(maxsize=8)(environment().from_string)
@@ -52,11 +62,8 @@ def serve(seconds, size):
         signal.alarm(seconds)           # not caught, so it ends the process in any state
         try:
             template, variables = json.loads(line)
-            text = compiled(template).render(**variables)
-            if len(text) > LONGEST:
-                raise TemplateError(f"the text has {len(text)} characters, the limit is {LONGEST}")
-            answer = json.dumps([text, None])
-        except Exception as error:      # a template can raise anything
+            answer = json.dumps([rendered(compiled(template), variables), None])
+        except Exception as error:      # a template may fail in any way
             answer = json.dumps([None, str(error) or type(error).__name__])
         signal.alarm(0)
         print(answer, flush=True)
