@@ -97,8 +97,11 @@ def test_training_and_saving_need_only_the_contract(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["grouped/grouped-f32.gguf", "quant/quant-Q4_K_M.gguf"])
 def test_decoding_needs_only_the_contract(name):
-    """Prefill in two pieces and steps, the KV buffer included."""
+    """Prefill in two pieces and steps, the KV buffer included; and sampling."""
     host, device = models(name)
+    sampled = [list(dr.generate(model, IDS[0, :9].tolist(), max_tokens=5, seed=2, return_ids=True))
+               for model in (host, device)]
+    assert sampled[0] == sampled[1]
     states = [None, None]
     for piece in (IDS[0, :20], IDS[0, 20:30], *IDS[0, 30:].tolist()):
         outputs = []
