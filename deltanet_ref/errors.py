@@ -1,4 +1,6 @@
-"""The one exception that means: what was passed in is wrong, and here is how to put it right."""
+"""InputError: what was passed in is wrong, and here is the remedy. InternalError: a bug of the conformance kit."""
+import traceback
+from pathlib import Path
 
 LONGEST = 4000
 
@@ -15,6 +17,29 @@ class InputError(ValueError):
         if len(text) > LONGEST:
             text = f"{text[:LONGEST // 2]} ... {text[-LONGEST // 2:]}"
         super().__init__(printable(text))
+
+
+class InternalError(RuntimeError):
+    """A bug of the conformance kit, kept apart from its verdict: the command line prints it and exits with status 3.
+
+    details  the traceback of the exception behind it
+    """
+
+    def __init__(self, text, details=""):
+        super().__init__(text, details)        # both, so that it can be pickled
+        self.details = details
+
+    def __str__(self):
+        return self.args[0]
+
+    @classmethod
+    def of(cls, error: Exception, while_doing: str) -> "InternalError":
+        """The InternalError that reports an unexpected exception."""
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = (f"internal error of the conformance kit while {while_doing}: {type(error).__name__}: {error} "
+                f"({Path(frame.filename).name}:{frame.lineno}). This is not a verdict on the implementation. Please "
+                "report it, with the traceback that follows, to the issue tracker of deltanet_ref")
+        return cls(printable(" ".join(text.split())), "".join(traceback.format_exception(error)))
 
 
 def printable(text):

@@ -430,6 +430,49 @@ def test_a_failure_is_exit_status_1_and_names_the_place(capsys, tmp_path):
     assert "2 of 6 cases pass, 4 fail; forward only at float32" in out
 
 
+def broken(*args, **options):
+    raise LookupError("broken\nin the kit")
+
+
+def test_an_error_while_ranking_suspects_is_exit_status_3_and_the_verdict_is_printed(capsys, tmp_path, monkeypatch):
+    (tmp_path / "kernel.py").write_text(
+        "from tests.oracle_kernels import loop_forward\n"
+        "def forward(*a, **k):\n    return loop_forward(*a, mistake='tail of 16 not written', **k)\n")
+    monkeypatch.setattr("deltanet_ref.oracle.suspects.rank", broken)
+    words = [f"{tmp_path}/kernel.py:forward", "--cases", "delta/ragged-1*"]
+    assert main(["check", *words]) == 3
+    out, err = capsys.readouterr()
+    assert "first wrong stage: o, in delta/ragged-15" in out and "2 of 6 cases pass, 4 fail" in out
+    assert "suspects could not be ranked" in out and "no known mistake" not in out
+    line, rest = err.split("\n", 1)
+    assert "while ranking suspects: LookupError: broken in the kit (test_oracle_check.py:" in line
+    assert "not a verdict" in line and "report it" in line and rest.startswith("Traceback")
+    status, report, err = command(capsys, *words)
+    assert status == 3 and report["summary"]["failed"] == 4 and report["summary"]["suspects"] == []
+    assert "ranking suspects" in report["summary"]["internal_error"]
+
+
+@pytest.mark.parametrize("broken_part, words", [
+    ("deltanet_ref.oracle.check.compare", []),
+    ("deltanet_ref.ops.gated_delta_rule.recurrent_forward", ["--scale", "none"]),     # which computes what is expected
+])
+def test_any_other_error_of_the_kit_is_exit_status_3_too(capsys, monkeypatch, broken_part, words):
+    monkeypatch.setattr(broken_part, broken)
+    status, report, err = command(capsys, f"{KERNELS}:loop_forward", "--cases", "delta/plain", *words)
+    assert status == 3 and report is None
+    assert "internal error of the conformance kit while checking: LookupError: broken in the kit" in err
+
+
+def test_an_error_of_the_kit_in_the_process_of_the_callable_is_no_verdict_on_it(capsys, tmp_path):
+    (tmp_path / "kernel.py").write_text(
+        "from deltanet_ref.oracle import runners\n"
+        "runners.OPERATORS = {}\n"
+        "def forward(*a, **k):\n    return None\n")
+    status, report, err = command(capsys, f"{tmp_path}/kernel.py:forward", "--cases", "delta/plain")
+    assert status == 3 and report is None
+    assert "while calling the implementation on delta/plain: KeyError" in err
+
+
 def test_hanging_and_dying_callables_cost_only_their_case(capsys, tmp_path):
     (tmp_path / "kernel.py").write_text(
         "import os, time\nfrom tests.oracle_kernels import loop_forward\n"
@@ -479,4 +522,7 @@ def test_bad_usage_is_one_line_and_exit_status_2(capsys, words, says):
 def test_help_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
-    assert end.value.code == 0 and f"deltanet-ref {command} " in capsys.readouterr().out.split("examples:")[1]
+    help_text = capsys.readouterr().out
+    assert end.value.code == 0 and f"deltanet-ref {command} " in help_text.split("examples:")[1]
+    if command == "check":
+        assert "3  an internal error of the kit" in help_text

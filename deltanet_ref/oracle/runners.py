@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, InternalError
 from deltanet_ref.oracle.exchange import FORMATS, read_answers, write_case
 from deltanet_ref.oracle.layouts import backward_call, call_with, forward_call, returned
 from deltanet_ref.oracle.operators import OPERATORS, held_in, in_dtype
@@ -302,7 +302,7 @@ class Worker:
         if self.process is None:
             self._start()
         reply = self._ask((case, inputs, layout), self.timeout)
-        if isinstance(reply, InputError):
+        if isinstance(reply, (InputError, InternalError)):
             raise reply
         if isinstance(reply, Answer):
             return reply

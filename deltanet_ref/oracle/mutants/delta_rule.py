@@ -258,8 +258,8 @@ BACKWARD = (
             chunks(dG=lambda dG, G: dG * np.exp(-G))),
     Mistake(6, "dg summed from what was rounded to bfloat16",
             chunks(each(bfloat16, "dgc")),
-            padded(dG=lambda pair_P, pair_A, row_Q, row_W, d_tail, d_whole: log_decay_gradient(
-                *map(bfloat16, (pair_P + pair_A, row_Q + row_W, d_tail, d_whole)))), by="size"),
+            padded(dG=lambda pair, row_Q, row_W, d_tail, d_whole: log_decay_gradient(
+                *map(bfloat16, (pair, row_Q + row_W, d_tail, d_whole)))), by="size"),
 
     Mistake(7, "dq without scale", *loop_and_chunks(dQ=lambda dQ, scale: dQ / scale)),
     Mistake(7, "dq with scale twice", *loop_and_chunks(dQ=lambda dQ, scale: dQ * scale)),
@@ -280,12 +280,14 @@ BACKWARD = (
     Mistake(11, "dA with the other sign", *both_chunked(dA=lambda dA: -dA)),
     Mistake(11, "dA without T on its left",
             chunks(dA=lambda dT, T: -np.tril(dT @ t(T), -1)),
-            padded(dA=lambda dV_new, U, dW, W: -np.tril(dV_new @ t(U) + dW @ t(W), -1))),
+            padded(dA=lambda dU, U, dW, W: -np.tril(dU @ t(U) + dW @ t(W), -1))),
     Mistake(11, "dA without T on either side",
             chunks(dA=lambda dT: -np.tril(dT, -1)),
-            padded(dA=lambda dV_new, dW, b, V, decay, K: -np.tril(dV_new @ t(b * V) + dW @ t(b * decay * K), -1))),
-    Mistake(11, "dA without what comes through U", chunks(without("dT_U")), padded(without("dA_U"))),
-    Mistake(11, "dA without what comes through W", chunks(without("dT_W")), padded(without("dA_W"))),
+            padded(dA=lambda dU, dW, b, V, decay, K: -np.tril(dU @ t(b * V) + dW @ t(b * decay * K), -1))),
+    Mistake(11, "dA without what comes through U",
+            chunks(without("dT_U")), padded(dA=lambda d_bK, W: -np.tril(d_bK @ t(W), -1))),
+    Mistake(11, "dA without what comes through W",
+            chunks(without("dT_W")), padded(dA=lambda d_bV, U: -np.tril(d_bV @ t(U), -1))),
     Mistake(11, "nothing through the scores", *both_chunked(without("dP"))),
     Mistake(11, "dk of one side of the Gram matrix", *both_chunked(dK_A=lambda dgram, K: dgram @ K)),
     Mistake(11, "dk without what it erases",
@@ -330,7 +332,8 @@ BACKWARD = (
     Mistake(15, "do of row 0 for every row",
             rule(each(row_0_for_all, "do")), chunks(each(row_0_for_all, "do_rows"))),
 
-    Mistake(18, "dS in bfloat16 after every token", rule(each(bfloat16, "dS")), tokens(each(bfloat16, "dS")), by="size"),
+    Mistake(18, "dS in bfloat16 after every token",
+            rule(each(bfloat16, "dS")), tokens(each(bfloat16, "dS")), by="size"),
     Mistake(18, "dS in bfloat16 after every chunk", *both_chunked(each(bfloat16, "dS")), by="size"),
 
     Mistake(19, "TF32 in the backward",

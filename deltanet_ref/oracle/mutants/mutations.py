@@ -1,10 +1,13 @@
 """A mutant is a form with some equations replaced; a mistake is a title and two mutants that make it independently."""
+import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from deltanet_ref.oracle.mutants.forms import FORMS
+from deltanet_ref.oracle.operators import OPERATORS
 from deltanet_ref.oracle.steps import Step, steps
 
 
@@ -40,11 +43,17 @@ class Mistake(NamedTuple):
 
 
 def mutations_of(form: str, chunk: int = 64) -> Callable[..., Mutation]:
-    """A function from changes to a Mutation: changes(step=equation, ...), groups of them (each, without) before those."""
+    """A function that makes Mutations of a form: step=equation, ..., after groups of changes (each, without).
+
+    It raises ValueError for a name that the form does not have, so that every change changes something.
+    """
+    known = FORMS[form][0].names().union(*({*op.args, *op.options, *op.incoming}
+                                           for op in map(OPERATORS.get, FORMS[form][1])))
+
     def mutation(*groups: dict, **equations: Callable) -> Mutation:
-        changes = steps(**equations)
-        for group in groups:
-            changes = group | changes
+        changes = functools.reduce(operator.or_, groups, {}) | steps(**equations)
+        if unknown := changes.keys() - known:
+            raise ValueError(f"{form} has no {', '.join(sorted(unknown))}")
         return Mutation(form, tuple(changes.items()), chunk)
     return mutation
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from deltanet_ref.oracle.cases import bfloat16
 from deltanet_ref.oracle.mutants.forms import dot_rows, rotated, scatter_add, sum_rows
-from deltanet_ref.oracle.mutants.mutations import (Mistake, each, mutations_of, row_0_alone, row_0_for_all, without)
+from deltanet_ref.oracle.mutants.mutations import Mistake, each, mutations_of, row_0_alone, without
 
 conv, gate, l2, rms, gated_rms, rope, attention, loss, lora = map(mutations_of, (
     "causal_conv1d", "decay_gate", "l2_norm", "rms_norm", "gated_rms_norm", "rope", "gated_attention", "cross_entropy",
@@ -23,13 +23,15 @@ def in_one_sequence(place, state, cu_seqlens, tokens):
 
 def state_before(x, state, cu_seqlens):
     """The last inputs in front of each sequence, whatever sequence they belong to."""
+    if cu_seqlens is None:
+        return state
     row = np.concatenate([state[0], x[0]])
     return np.stack([row[start:start + state.shape[1]] for start in cu_seqlens[:-1]])
 
 
-def in_last_sequence(x, cu_seqlens):
-    """(T,) bool: the tokens of the last packed sequence; all of a dense batch."""
-    return np.arange(x[..., 0].size) >= (0 if cu_seqlens is None else cu_seqlens[-2])
+def in_last_sequence(dc, cu_seqlens):
+    """dc with zeros at the tokens before the last packed sequence; all of a dense batch."""
+    return dc if cu_seqlens is None else dc * (np.arange(dc.shape[1]) >= cu_seqlens[-2])[:, None]
 
 
 def spilled_in_a_loop(dx, dstate, cu_seqlens):
@@ -71,16 +73,14 @@ FORWARD = (
                      place, state, cu_seqlens, np.arange(len(place))[:, None] + np.arange(1 - w.shape[1], 1)),
                  last_place=lambda last_place, state, cu_seqlens, bounds, w: in_one_sequence(
                      last_place, state, cu_seqlens, bounds[1:, None] + np.arange(1 - w.shape[1], 0))),
-            conv(state=lambda x, state, cu_seqlens: state if cu_seqlens is None else state_before(x, state, cu_seqlens))),
+            conv(state=state_before)),
     Mistake(4, "the convolution's state ignored",
-            conv(without("state")), conv(window=lambda window, place, state: window * (place >= state[..., 0].size)[..., None],
-                                         state_end=lambda state_end, last_place, state:
-                                             state_end * (last_place >= state[..., 0].size)[..., None])),
+            conv(without("state")), conv(stacked=lambda state, x: np.concatenate([*(0 * state), *x]))),
     Mistake(4, "the convolution's state newest first",
             conv(state=lambda state: state[:, ::-1]),
             conv(stacked=lambda state, x: np.concatenate([*state[:, ::-1], *x]))),
     Mistake(4, "the convolution's final state without the one before",
-            conv(state_end=lambda state_end, last_place, state: state_end * (last_place >= state[..., 0].size)[..., None]),
+            conv(state_end=lambda state, x, last_place: np.concatenate([*(0 * state), *x])[last_place]),
             conv(state_end=lambda state_end, bounds: state_end * (
                 np.diff(bounds)[:, None] + np.arange(-state_end.shape[1], 0) >= 0)[..., None])),
     Mistake(22, "no SiLU after the convolution", conv(y=lambda c: c), conv(s=lambda c: np.ones_like(c))),
@@ -106,7 +106,8 @@ FORWARD = (
                  beta=lambda A_log, z, a: -(np.exp(A_log) * np.logaddexp(z, 0)).astype(a.dtype))),
 
     Mistake(8, "eps on the mean",
-            l2(r=lambda total, eps, x: 1 / np.sqrt(total + eps * x.shape[-1])), l2(eps=lambda eps, x: eps * x.shape[-1])),
+            l2(r=lambda total, eps, x: 1 / np.sqrt(total + eps * x.shape[-1])),
+            l2(eps=lambda eps, x: eps * x.shape[-1])),
     Mistake(8, "eps outside the root",
             l2(r=lambda total, eps: 1 / (np.sqrt(total) + eps)),
             l2(r=lambda total, eps: 1 / np.maximum(np.sqrt(total), eps))),
@@ -146,7 +147,7 @@ FORWARD = (
                  y=lambda y, rotary_dim: y[..., np.argsort(paired_neighbours(y, rotary_dim))])),
     Mistake(30, "the other direction", rope(sin=lambda sin: -sin), rope(positions=lambda positions: -positions)),
     Mistake(30, "one axis for all sections",
-            rope(positions=lambda positions: positions if positions.ndim == 1 else positions[0]*np.ones((3, 1))), rope(without("axis"))),
+            rope(positions=lambda positions: np.atleast_2d(positions)[[0, 0, 0]]), rope(without("axis"))),
     Mistake(30, "sections one after the other",
             rope(axis=lambda axis, sections: np.repeat([0, 1, 2], sections) if sections else axis),
             rope(axis=lambda axis, sections: np.searchsorted(np.cumsum(sections), np.arange(len(axis)), "right")
@@ -194,8 +195,8 @@ BACKWARD = (
             conv(dw=lambda dc, window: np.einsum("tc,tkc->ck", row_0_alone(dc).reshape(len(window), -1), window)),
             conv(dw=lambda dc, window: np.einsum("tc,tkc->ck", dc[0], window[:dc.shape[1]]))),
     Mistake(16, "dw of the last sequence alone",
-            conv(dw=lambda dc, window, x, cu_seqlens: np.einsum(
-                "t,tc,tkc->ck", in_last_sequence(x, cu_seqlens).astype(dc.dtype), dc.reshape(len(window), -1), window)),
+            conv(dw=lambda dc, window, cu_seqlens: np.einsum(
+                "tc,tkc->ck", in_last_sequence(dc, cu_seqlens).reshape(len(window), -1), window)),
             conv(dw=lambda dw, dc, window, cu_seqlens: dw if cu_seqlens is None else np.einsum(
                 "tc,tkc->ck", dc[0, cu_seqlens[-2]:], window[cu_seqlens[-2]:]))),
     Mistake(16, "dw without the state",
@@ -204,8 +205,7 @@ BACKWARD = (
             conv(dw=lambda dc, state, x, place: np.einsum(
                 "tc,tkc->ck", dc.reshape(len(place), -1), np.concatenate([*(0 * state), *x])[place]))),
     Mistake(16, "the window's gradient reaches into the sequence before",
-            conv(dx=lambda dx, dstate, cu_seqlens: spilled_in_a_loop(dx, dstate, cu_seqlens)),
-            conv(dx=lambda dx, dstate, cu_seqlens: spilled_by_index(dx, dstate, cu_seqlens))),
+            conv(dx=spilled_in_a_loop), conv(dx=spilled_by_index)),
     Mistake(22, "no slope of the SiLU", conv(slope=lambda slope: np.ones_like(slope)), conv(dc=lambda dy: dy)),
 
     Mistake(9, "dA_log is the gradient of exp(A_log)",
@@ -232,7 +232,8 @@ BACKWARD = (
             gated_rms(slope=lambda s: s), gated_rms(dz=lambda dy, n, w, s: dy * n * w * s)),
 
     Mistake(30, "rotated again, not back",
-            rope(sin_back=lambda sin: sin), rope(dx=lambda dy, cos, sin, first, second: rotated(dy, cos, sin, first, second))),
+            rope(sin_back=lambda sin: sin),
+            rope(dx=lambda dy, cos, sin, first, second: rotated(dy, cos, sin, first, second))),
 
     Mistake(2, "one query head's gradient for its kv head",
             attention(dk=last_query_head, dv=lambda dv_heads, kv_head, k: last_query_head(dv_heads, kv_head, k)),
@@ -241,7 +242,8 @@ BACKWARD = (
     Mistake(7, "no scale in the backward of attention",
             attention(d_scores=lambda P, dP, mean: P * (dP - mean)),
             attention(each(lambda d, scale: d / scale, "dq", "dk", also=("scale",)))),
-    Mistake(11, "dP without its mean", attention(without("mean")), attention(d_scores=lambda P, dP, scale: scale * P * dP)),
+    Mistake(11, "dP without its mean",
+            attention(without("mean")), attention(d_scores=lambda P, dP, scale: scale * P * dP)),
     Mistake(11, "dgate without the slope of the sigmoid",
             attention(slope=lambda s: s), attention(dgate=lambda do, o: do * o)),
 
