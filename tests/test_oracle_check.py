@@ -1,5 +1,5 @@
-"""deltanet-ref check: quiet on correct implementations in every layout, and at the right stage, case and place on
-mistakes that were planted here (tests/oracle_kernels.py), none of them code of the catalogue."""
+"""deltanet-ref check: no alarm on correct implementations in any layout, and the right stage, case and place for the
+mistakes planted in tests/oracle_kernels.py, which share no code with the catalogue."""
 import functools
 import json
 
@@ -26,7 +26,7 @@ def wrong(report):
 
 # ---- correct implementations
 
-def test_a_float32_loop_over_tokens_passes_everything_packed_cases_too():
+def test_a_float32_loop_over_tokens_passes_dense_and_packed_cases():
     report = judge(loop_forward, loop_backward, cases=select(["delta"]))
     assert report.ok and report.count("ok") == len(report.cases) == len(select(["delta"]))
     assert judge(loop_forward, cases=select(["packed"])).ok
@@ -327,9 +327,9 @@ def test_flags_that_fail_are_those_of_the_mistake():
     assert {flag.flag for flag in report.flags()[:2]} == {"grouped-heads", "tiled-heads"}
 
 
-# ---- answers that are no answers
+# ---- answers of the wrong shape or dtype, missing answers, exceptions
 
-def test_shapes_dtypes_and_what_is_missing_are_told_apart():
+def test_wrong_shapes_wrong_dtypes_and_missing_outputs_are_distinguished():
     cases = [CASES["delta/plain"], CASES["delta/batch-rows"]]
 
     def status(change, first_bad=True):
@@ -349,15 +349,19 @@ def test_shapes_dtypes_and_what_is_missing_are_told_apart():
     assert status(lambda o, S: (o.astype(np.float64), S.astype(np.float64)), first_bad=None)[:2] == ("ok", None)
 
 
-def test_what_is_no_array_and_what_is_missing_everywhere_has_no_suspect():
+def test_objects_and_outputs_missing_everywhere_have_no_suspect():
     cases = DENSE[:9]
     report = judge(lambda *a, **k: (o for o in loop_forward(*a, **k)), cases=cases)
     assert {result.status for result in report.cases} == {"ERROR"} and report.suspects == []
     assert "no array" in report.cases[0].message
     report = judge(lambda *a, **k: (None, loop_forward(*a, **k)[1]), cases=cases)
     assert {result.status for result in report.cases} == {"MISSING"} and report.suspects == []
-    slots = judge(loop_forward, lambda *a, **k: (lambda dq, dk, dv, *rest: (dv, dk, dq, *rest))(*loop_backward(*a, **k)),
-                  cases=DENSE)
+
+    def other_slots(*args, **options):
+        dq, dk, dv, *rest = loop_backward(*args, **options)
+        return dv, dk, dq, *rest
+
+    slots = judge(loop_forward, other_slots, cases=DENSE)
     assert slots.suspects[0][0] == 32
     without_dS0 = judge(loop_forward, lambda *a, **k: loop_backward(*a, **k)[:5], cases=DENSE)
     assert without_dS0.suspects[0][0] == 14
@@ -463,7 +467,7 @@ def test_any_other_error_of_the_kit_is_exit_status_3_too(capsys, monkeypatch, br
     assert "internal error of the conformance kit while checking: LookupError: broken in the kit" in err
 
 
-def test_an_error_of_the_kit_in_the_process_of_the_callable_is_no_verdict_on_it(capsys, tmp_path):
+def test_an_error_of_the_kit_in_the_worker_is_not_a_verdict_on_the_callable(capsys, tmp_path):
     (tmp_path / "kernel.py").write_text(
         "from deltanet_ref.oracle import runners\n"
         "runners.OPERATORS = {}\n"

@@ -1,7 +1,8 @@
 """The catalogue as code: every mutant is caught, and its mistake is recognised by another realisation of it.
 
-Nothing here is compared with itself: a mutant of one realisation, at seeds and in a layout that the vectors do not have,
-is ranked by the other one (oracle/mutants/confusion.py); the kernels of tests/oracle_kernels.py share no code with either.
+Nothing here is compared with itself: a mutant of one realisation, at seeds and in a layout that the vectors do not
+have, is ranked by the other one (oracle/mutants/confusion.py); the kernels of tests/oracle_kernels.py share no code
+with either.
 """
 import functools
 
@@ -34,7 +35,7 @@ def test_the_table_is_as_large_as_the_catalogue_asks_for():
     assert {mistake.bug for mistake in FORWARD + BACKWARD} == CATALOGUE.keys() - NOT_OF_AN_OPERATOR.keys()
 
 
-def test_no_mistake_has_twice_the_same_realisation_and_none_has_another_ones_title():
+def test_realisations_differ_and_titles_are_unique():
     assert all(mistake.a != mistake.b for mistake in FORWARD + BACKWARD)
     for table in FORWARD, BACKWARD:
         titles = [(mistake.title, mistake.a.ops) for mistake in table]
@@ -135,8 +136,8 @@ def test_rounded_operands_and_a_half_precision_state_are_caught_where_float32_is
 
 # ---- mistakes in code that is independent of the catalogue
 
-LOOP_FORWARD = {"read before write": 28, "error before decay": 28, "row 0's state for every row": 4, "beta at most 1": 27,
-                "keys normalised inside": 8, "keys normalised inside, 0/0": 8, "forgets at chunk borders": 4,
+LOOP_FORWARD = {"read before write": 28, "error before decay": 28, "row 0's state for every row": 4,
+                "beta at most 1": 27, "keys normalised inside": 8, "keys normalised inside, 0/0": 8, "forgets at chunk borders": 4,
                 "decay clamped": 5, "half precision state": 18, "tail of 16 not written": 13, "heads modulo": 2}
 LOOP_BACKWARD = {"dS_end ignored": 14, "dq without scale": 7, "dv without beta": 11, "dbeta without the read": 11,
                  "dk without the erased part": 11, "dS not through the erased part": 11, "dg without the decay": 6,

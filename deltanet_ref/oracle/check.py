@@ -52,11 +52,10 @@ class ConformanceReport:
     @property
     def suspects(self) -> list:
         """[(number in catalogue.py, title, score)], the likeliest first; empty if nothing failed or nothing fits."""
-        from deltanet_ref.oracle import suspects
-
-        if self._suspects is None:
-            self._suspects = suspects.rank(self) if self.failed else []
-        return self._suspects
+        if self._suspects is None and self.failed:
+            from deltanet_ref.oracle import suspects
+            self._suspects = suspects.rank(self)
+        return self._suspects or []
 
     def without_suspects(self) -> "ConformanceReport":
         """The same results with no suspects, for when ranking them fails."""

@@ -59,7 +59,7 @@ class DeltaForm(NamedTuple):
     chunk      the number of tokens of a full chunk
     full       whether this is one
     """
-    forward: dict[str, Step]  # Q, K, V, G, Beta, carried -> O and S_next, the state after the chunk
+    forward: dict[str, Step]  # Q, K, V, G, Beta, carried -> Out and S_next, the state after the chunk
     backward: dict[str, Step] # everything before, dO and dS_next -> dQ, dK, dV, dG, dBeta and dS
     padded: bool = False      # short chunks are filled up with rows of zeros: beta = 0 writes nothing, g = 0 keeps all
     chunk: int | None = None  # the only length of a chunk; None: any
@@ -92,7 +92,7 @@ def walk(form, x, changes, gradients, chunk):
         S_end.append(carried)
         sequences.append((here, chunks))
     every = [values for _, chunks in sequences for values in chunks]
-    out = {"o": by_token(every, "O", call), "S_end": np.concatenate(S_end)}
+    out = {"o": by_token(every, "Out", call), "S_end": np.concatenate(S_end)}
     if gradients:
         for here, chunks in reversed(sequences):
             carried = evaluate(LAST, here | {"following": following}, changes)["dS_last"]

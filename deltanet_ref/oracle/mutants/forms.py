@@ -20,10 +20,10 @@ RULE = DeltaForm(
         error=lambda dot, V, K, S_decayed: V - dot(K, S_decayed),
         u=lambda Beta, error: Beta[..., None] * error,
         S_next=lambda dot, S_decayed, K, u: S_decayed + dot(t(K), u),
-        O=lambda dot, scale, Q, S_next: scale * dot(Q, S_next),
+        Out=lambda dot, scale, Q, S_next: scale * dot(Q, S_next),
     ),
     backward=steps(
-        # O = scale Q S_next
+        # Out = scale Q S_next
         dQ=lambda dot_back, dO, S_next: dot_back(dO, t(S_next)),
         dS_written=lambda dot_back, dS_next, Q, dO: dS_next + dot_back(t(Q), dO),
         # S_next = S_decayed + K^T u
@@ -298,6 +298,7 @@ LORA = Form(
     ))
 
 DELTA = ("gated_delta_rule", "gated_delta_rule_step")
+CHUNKED_FORMS = ("chunks", "padded")
 # name: (form, the operators that it computes)
 FORMS = {name: (form, DELTA) for name, form in (("rule", RULE), ("chunks", CHUNKED), ("padded", PADDED))}
 FORMS |= {op: (form, (op,)) for op, form in {

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltanet_ref.oracle.mutants.forms import FORMS
+from deltanet_ref.oracle.mutants.forms import CHUNKED_FORMS, FORMS
 from deltanet_ref.oracle.operators import OPERATORS
 from deltanet_ref.oracle.steps import Step, steps
 
@@ -15,7 +15,7 @@ class Mutation(NamedTuple):
     """Replaced equations of a form."""
     form: str                 # key of FORMS
     changes: tuple = ()       # (name of an input, a step or a result, Step), ...
-    chunk: int = 64           # tokens per chunk of the chunked forms
+    chunk: int = 64           # tokens per chunk of CHUNKED_FORMS
 
     @property
     def ops(self) -> tuple:
@@ -25,11 +25,11 @@ class Mutation(NamedTuple):
     @property
     def any_chunk(self) -> bool:
         """Whether the mistake can be made in chunks of another length."""
-        return self.form in ("chunks", "padded") and self.chunk > 1
+        return self.form in CHUNKED_FORMS and self.chunk > 1
 
     def run(self, x: dict, gradients: bool) -> dict:
-        """What the mutant answers to inputs x: name -> array, gradients too if they are wanted."""
-        options = {"chunk": self.chunk} if self.form in ("chunks", "padded") else {}
+        """What the mutant answers to inputs x: name -> array; gradients only if they are wanted."""
+        options = {"chunk": self.chunk} if self.form in CHUNKED_FORMS else {}
         return FORMS[self.form][0].run(x, dict(self.changes), gradients, **options)
 
 

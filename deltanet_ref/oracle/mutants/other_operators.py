@@ -1,6 +1,6 @@
 """THE table of mistakes in the other operators: number in catalogue.py, title, and two ways to make it.
 
-The names of steps and their right equations are in forms.py.
+The steps and their correct equations are in forms.py.
 """
 import numpy as np
 
@@ -13,10 +13,10 @@ conv, gate, l2, rms, gated_rms, rope, attention, loss, lora = map(mutations_of, 
     "lora_linear"))
 
 
-# ---- the convolution of packed sequences; of a dense batch nothing changes
+# ---- the convolution of packed sequences; dense batches are unchanged
 
 def in_one_sequence(place, state, cu_seqlens, tokens):
-    """The places of these tokens if the whole row were one sequence, with the first state before it."""
+    """The places of these tokens if the whole row were one sequence that follows the first state."""
     N, before, _ = state.shape
     return place if cu_seqlens is None else np.where(tokens < 0, before, N * before) + tokens
 
@@ -30,7 +30,7 @@ def state_before(x, state, cu_seqlens):
 
 
 def in_last_sequence(dc, cu_seqlens):
-    """dc with zeros at the tokens before the last packed sequence; all of a dense batch."""
+    """dc with zeros before the last packed sequence; unchanged for a dense batch."""
     return dc if cu_seqlens is None else dc * (np.arange(dc.shape[1]) >= cu_seqlens[-2])[:, None]
 
 
@@ -44,6 +44,7 @@ def spilled_in_a_loop(dx, dstate, cu_seqlens):
 
 
 def spilled_by_index(dx, dstate, cu_seqlens):
+    """The same by one indexed addition."""
     if cu_seqlens is None:
         return dx
     token = cu_seqlens[:-1, None] + np.arange(-dstate.shape[1], 0)
@@ -112,23 +113,23 @@ FORWARD = (
             l2(r=lambda total, eps: 1 / (np.sqrt(total) + eps)),
             l2(r=lambda total, eps: 1 / np.maximum(np.sqrt(total), eps))),
     Mistake(8, "no eps", l2(r=lambda total: 1 / np.sqrt(total)), l2(without("eps"))),
-    Mistake(8, "the mean in place of the sum",
+    Mistake(8, "the mean instead of the sum",
             l2(total=lambda total, x: total / x.shape[-1]),
             l2(r=lambda total, eps, x: x.shape[-1] ** 0.5 / np.sqrt(total + eps * x.shape[-1]))),
-    Mistake(21, "1 + w for w", rms(w=lambda w: 1 + w), rms(y=lambda n, w: n + n * w)),
+    Mistake(21, "1 + w instead of w", rms(w=lambda w: 1 + w), rms(y=lambda n, w: n + n * w)),
     Mistake(21, "no weight", rms(w=lambda w: np.ones_like(w)), rms(y=lambda n: n)),
     Mistake(21, "rounded to bfloat16 before the weight", rms(each(bfloat16, "n")), rms(y=lambda n, w: bfloat16(n) * w)),
     Mistake(21, "eps outside the root of the mean",
             rms(r=lambda mean, eps: 1 / (np.sqrt(mean) + eps)),
             rms(r=lambda mean, eps: 1 / np.maximum(np.sqrt(mean), eps))),
-    Mistake(21, "the sum in place of the mean",
+    Mistake(21, "the sum instead of the mean",
             rms(mean=lambda x: dot_rows(x, x)),
             rms(r=lambda mean, eps, x: x.shape[-1] ** -0.5 / np.sqrt(mean + eps / x.shape[-1]))),
     Mistake(21, "the gate before the norm",
             gated_rms(x=lambda x, z: x * z / (1 + np.exp(-z)), gate=lambda gate: np.ones_like(gate)),
             gated_rms(y=lambda x, gate, w, eps: x * gate * w / np.sqrt(
                 dot_rows(x * gate, x * gate) / x.shape[-1] + eps))),
-    Mistake(21, "a sigmoid for the gate's SiLU",
+    Mistake(21, "a sigmoid instead of the gate's SiLU",
             gated_rms(gate=lambda s: s), gated_rms(y=lambda y, z: y / z)),
 
     Mistake(30, "every feature rotated",
@@ -145,7 +146,7 @@ FORWARD = (
             rope(first=lambda rotary_dim: np.arange(0, rotary_dim, 2), second=lambda first: first + 1),
             rope(x=lambda x, rotary_dim: x[..., paired_neighbours(x, rotary_dim)],
                  y=lambda y, rotary_dim: y[..., np.argsort(paired_neighbours(y, rotary_dim))])),
-    Mistake(30, "the other direction", rope(sin=lambda sin: -sin), rope(positions=lambda positions: -positions)),
+    Mistake(30, "rotated in the other direction", rope(sin=lambda sin: -sin), rope(positions=lambda positions: -positions)),
     Mistake(30, "one axis for all sections",
             rope(positions=lambda positions: np.atleast_2d(positions)[[0, 0, 0]]), rope(without("axis"))),
     Mistake(30, "sections one after the other",
@@ -167,7 +168,7 @@ FORWARD = (
             attention(scale=lambda scale: scale ** 2), attention(scores=lambda scores, scale: scores * scale)),
     Mistake(22, "no gate after attention",
             attention(gate=lambda gate: np.full_like(gate, 40)), attention(y=lambda o: o)),
-    Mistake(22, "a SiLU for attention's gate",
+    Mistake(22, "a SiLU instead of the sigmoid of attention's gate",
             attention(s=lambda s, gate: s * gate), attention(y=lambda y, gate: y * gate)),
 
     Mistake(35, "ignored labels counted in the mean",
@@ -182,7 +183,7 @@ FORWARD = (
     Mistake(5, "softmax without the largest logit subtracted",
             loss(peak=lambda peak: 0 * peak), loss(peak=lambda peak: np.minimum(peak, 0)), by="size"),
 
-    Mistake(24, "no update of the adapter", lora(without("update")), lora(y=lambda x, w: x @ w.T)),
+    Mistake(24, "the adapter's update left out", lora(without("update")), lora(y=lambda x, w: x @ w.T)),
 )
 
 BACKWARD = (
@@ -231,7 +232,7 @@ BACKWARD = (
     Mistake(11, "dz without the slope of its sigmoid",
             gated_rms(slope=lambda s: s), gated_rms(dz=lambda dy, n, w, s: dy * n * w * s)),
 
-    Mistake(30, "rotated again, not back",
+    Mistake(30, "rotated again instead of back",
             rope(sin_back=lambda sin: sin),
             rope(dx=lambda dy, cos, sin, first, second: rotated(dy, cos, sin, first, second))),
 
