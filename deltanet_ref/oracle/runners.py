@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltanet_ref.errors import InputError, shown
+from deltanet_ref.errors import InputError, InternalError, shown
 from deltanet_ref.oracle.cases import Case
 from deltanet_ref.oracle.exchange import FORMATS, read_answers, write_case
 from deltanet_ref.oracle.layouts import Layout, backward_call, call_with, forward_call, returned
@@ -305,7 +305,7 @@ class Worker:
         if self.process is None:
             self._start()
         reply = self._ask((case, inputs, layout), self.timeout)
-        if isinstance(reply, InputError):
+        if isinstance(reply, (InputError, InternalError)):
             raise reply
         if isinstance(reply, Answer):
             return reply
