@@ -31,7 +31,7 @@ static Tensor make(const char *name, int axes, const long *size) {
 
 static long count(const Tensor *t) { return t->size[0] * t->size[1] * t->size[2] * t->size[3]; }
 
-/* ---- safetensors: length (u64), JSON of that length {"name":{"dtype":..,"shape":[..],"data_offsets":[a,b]},..}, data */
+/* ---- safetensors: length (u64), then JSON {"name":{"dtype":..,"shape":[..],"data_offsets":[a,b]},..}, then data */
 
 static char *read_file(const char *path) {
     FILE *f = fopen(path, "rb");
