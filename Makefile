@@ -1,16 +1,44 @@
-# make demo        set up, then adapt the embedded model to a dialect (less than a minute on two cores)
-# make test        set up, then all tests but those against other software (no torch)
-# make fuzz        set up, then 10,000 damaged files of each of eight kinds, guided by the code that they reach (Linux)
-# make vectors     set up, then make the conformance vectors anew from the definition, and check them
-# make test-peers  set up an environment with torch, HF, PEFT and llama.cpp, then compare live
+# Each target sets up its own environment first. Budgets are wall time on two cores, set-up not counted.
+#
+# make demo           adapt the embedded model to a dialect (under 1 minute; 2 more where kernels compile for the first time)
+# make lint           ruff: style, unused names, order of imports, format (seconds)
+# make test           all tests but the long ones and those against other software, no torch (6 minutes, compiling included)
+# make test-fast      for daily work: no training runs, no programs started per case (60 s once kernels are compiled)
+# make test-long      what is too long for `make test`: every mutant of the conformance kit (5 minutes)
+# make test-machines  the numeric tests under each OpenBLAS kernel, numba target and number of threads that this
+#                     processor can run (30 minutes; ARGS=--short: three machines, fewer tests, 6 minutes)
+# make test-peers     compare live with HF, PEFT and llama.cpp (10 minutes)
+# make test-wheel     all tests against a wheel built from the sdist, outside the checkout (8 minutes; ARGS="-m 'not slow'": 2)
+# make fuzz           10,000 damaged files of each of eight kinds, guided by the code that they reach (Linux)
+# make vectors        make the conformance vectors anew from the definition, and check them
 
 PYTHON ?= python3
+ARGS ?=
 
 demo: .venv/ready
 	.venv/bin/deltanet-ref demo
 
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
 test: .venv/ready
-	.venv/bin/python -m pytest -n auto --dist worksteal
+	.venv/bin/python -m pytest -n auto --dist worksteal -m "not long"
+
+test-fast: .venv/ready
+	.venv/bin/python -m pytest -n auto --dist worksteal -m "not long and not slow"
+
+test-long: .venv/ready
+	.venv/bin/python -m pytest -n auto --dist worksteal -m long
+
+test-machines: .venv/ready
+	.venv/bin/python -m tests.machines $(ARGS)
+
+test-peers: .venv-peers/ready
+	.venv-peers/bin/python -m pytest tests/peers
+
+test-wheel:
+	PYTHON=$(PYTHON) .ci/test-wheel $(ARGS)
 
 fuzz: .venv/fuzz-ready
 	.venv/bin/python -m tests.fuzz
@@ -19,12 +47,9 @@ vectors: .venv/ready
 	.venv/bin/deltanet-ref vectors --make deltanet_ref/oracle/vectors
 	.venv/bin/deltanet-ref vectors --verify
 
-test-peers: .venv-peers/ready
-	.venv-peers/bin/python -m pytest tests/peers
-
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	.venv/bin/python -m pip install --quiet --editable '.[test,lint]'
 	touch $@
 
 .venv/fuzz-ready: .venv/ready
@@ -36,4 +61,4 @@ test-peers: .venv-peers/ready
 	.venv-peers/bin/python -m pip install --quiet --editable '.[test,peers]'
 	touch $@
 
-.PHONY: demo test fuzz vectors test-peers
+.PHONY: demo lint test test-fast test-long test-machines test-peers test-wheel fuzz vectors

@@ -24,7 +24,7 @@ from deltanet_ref.model.qwen35 import Qwen35
 from deltanet_ref.model.tensors import expected_tensors, hf_shape, to_hf_form
 from deltanet_ref.model.weights import Weights
 from deltanet_ref.oracle.trace import trace
-from tests.delta_rule import relative
+from tests.tolerances import relative
 
 # ---- what somebody would write in model/layers/olmo_delta.py
 

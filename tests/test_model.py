@@ -9,8 +9,8 @@ import pytest
 import deltanet_ref as dr
 from deltanet_ref.model.block import KEEP, block_forward_keeping
 from deltanet_ref.model.tensors import expected_tensors, to_gguf_form, v_head_index
-from tests.delta_rule import relative
 from tests.paths import FIXTURES
+from tests.tolerances import relative
 
 MODELS = ("eq", "grouped")
 every_model = pytest.mark.parametrize("name", MODELS)

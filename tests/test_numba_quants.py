@@ -18,8 +18,8 @@ from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
 from deltanet_ref.formats.gguf import GGUFTensor, read_gguf
 from deltanet_ref.model.load import weights_from_gguf
-from tests.delta_rule import relative
 from tests.paths import FIXTURES
+from tests.tolerances import relative
 
 ROOT = Path(__file__).parents[1]
 GGML = np.load(FIXTURES / "dequant.npz")

@@ -5,8 +5,8 @@ import pytest
 from scipy.special import logsumexp, softmax
 
 from deltanet_ref import ops
-from deltanet_ref.errors import InputError
 from deltanet_ref.backends import numba_cpu
+from deltanet_ref.errors import InputError
 from deltanet_ref.ops import cross_entropy, linear_cross_entropy
 
 RNG = np.random.default_rng(6)

@@ -149,18 +149,20 @@ def test_pretrain_learns_a_text_and_writes_a_model_that_loads(tmp_path, capsys):
 def test_the_same_seed_gives_the_same_file_on_any_number_of_threads(tmp_path):
     files = []
     for threads in "1", "2":
-        assert pretrain(tmp_path, "--steps", "3", "--dropout", "0.2", "--threads", threads) == 0
+        assert pretrain(tmp_path, "--steps", "3", "--dropout", "0.2", "--threads", threads, "--force") == 0
         files.append((tmp_path / "tiny.gguf").read_bytes())
     assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("options, reason", [
     (["--steps", "5", "--hidden", "48", "--type", "q8_0"], "rows of 48 values"),
-    (["--steps", "0"], "--steps or --minutes"),
-    (["--steps", "5", "--dropout", "1"], "--dropout"),
-    (["--steps", "5", "--lr", "nan"], "--lr"),
-    (["--steps", "5", "--seq-len", "4000"], "--context"),
-    (["--steps", "5", "--batch-size", "500"], "too few"),
+    (["--steps", "0"], "--steps is 0, it must be at least 1"),
+    (["--minutes", "0"], "--minutes is 0.0, it must be above 0"),
+    (["--steps", "5", "--dropout", "1"], "--dropout is 1.0, it must be at least 0 and below 1"),
+    (["--steps", "5", "--lr", "nan"], "--lr is nan, it must be above 0"),
+    (["--steps", "5", "--seq-len", "4000"], "--seq-len is 4000, more than --context 2048: lower it"),
+    (["--steps", "5", "--batch-size", "500"], "too few for a batch of 500 sequences of 24: lower --batch-size or --seq-len"),
+    (["--steps", "5", "-o", "tiny.bin"], "must end in .gguf"),
     (["--steps", "5", "--heads", "3", "--kv-heads", "2"], "3 attention heads"),
 ])
 def test_what_cannot_work_is_refused_with_one_line_and_no_file(tmp_path, capsys, options, reason):

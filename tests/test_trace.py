@@ -15,9 +15,9 @@ from deltanet_ref.model.tensors import expected_tensors, hf_shape
 from deltanet_ref.oracle.diff import diff_traces, drift
 from deltanet_ref.oracle.trace import read_trace, trace, trace_table, write_trace
 from tests import trace_faults
-from tests.delta_rule import relative
 from tests.paths import FIXTURES
 from tests.trace_faults import CONFIG, FAULTS, TOKENS
+from tests.tolerances import relative
 
 every_model = pytest.mark.parametrize("name", ["eq", "grouped"])
 STORED = 1e-7                 # the goldens are rounded to float32, 6e-8 relative

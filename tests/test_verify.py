@@ -228,5 +228,6 @@ def test_the_command_exits_with_1_for_a_bad_adapter_and_compares_a_merged_model(
     assert main(["verify", str(base), str(FIXTURES / "grouped" / "lora")]) == 1
     out = capsys.readouterr().out
     assert "FAILED: wrong base" in out and "llama.cpp: not compared\n" in out
-    for arguments, match in ((["-p", "a"], "the prompt 'a' has fewer than two tokens"), (["--prompts", "absent"], "absent")):
+    for arguments, match in ((["-p", "a"], "the prompt 'a' has fewer than two tokens"),
+                             (["--prompts", "absent"], "absent")):
         assert main(["verify", str(base), str(lora), *arguments]) == 2 and match in capsys.readouterr().err

@@ -1,16 +1,16 @@
-"""deltanet-ref diff: find and explain the first divergence of two traces; or measure a model's drift from itself."""
+"""deltanet-ref diff: where two traces first diverge, and why; or how far a model drifts from itself."""
 import json
 import math
 import re
 from itertools import groupby
 
 from deltanet_ref.cli.trace import add_token_arguments, read_tokens
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, counted
 
 FAILED = ("DIFF", "SHAPE", "NONFINITE")
 EPILOG = """\
-THEIRS is a trace of the same tokens by another implementation (docs/trace.md). Exit status 0: equal, 1: different,
-2: bad input.
+THEIRS is a trace of the same tokens by another implementation (docs/trace.md). Exit status 0: equal, 1: different, 2:
+bad input.
 
 example:
   deltanet-ref diff ours.safetensors theirs.safetensors
@@ -21,17 +21,17 @@ example:
 
 def add_arguments(parser):
     parser.epilog = EPILOG
-    parser.add_argument("traces", nargs="*", metavar="OURS THEIRS", help="the two traces to compare, ours first")
-    parser.add_argument("--partial", action="store_true", help="allow tensors to be missing in THEIRS")
+    parser.add_argument("traces", nargs="*", metavar="OURS THEIRS", help="two files written by trace, ours first")
+    parser.add_argument("--partial", action="store_true", help="THEIRS may lack tensors")
     parser.add_argument("--tolerance", type=float, metavar="X",
-                        help="allowed relative RMS error of a forward tensor; ten times as much for gradients, and for "
-                             "single rows (default: that of the coarser dtype of the two, such as 3e-5 for float32)")
+                        help="maximum relative RMS error of a forward tensor; ten times as much for gradients, and ten "
+                             "times for single rows (default: by the coarser dtype of the two; 3e-5 for float32)")
     parser.add_argument("--drift", metavar="MODEL",
-                        help="instead of traces: compare a model with itself, layer by layer: decode with prefill, and "
-                             "float32 with float64")
+                        help="compare a model with itself instead, layer by layer: one token per call with all tokens "
+                             "at once, and float32 with float64")
     add_token_arguments(parser, required=False)
-    parser.add_argument("--all", action="store_true", help="print one line per tensor, also for those that are ok")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--all", action="store_true", help="print a line for every tensor, also for those that agree")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
 
 
 def run(args):
@@ -71,14 +71,14 @@ def as_json(result):
 
 
 def finite(x):
-    """x, or None (null) when it is infinite or NaN, which JSON cannot express."""
+    """x, or None where it is not finite: JSON has no infinity."""
     return x if x is not None and math.isfinite(x) else None
 
 
 def print_diff(result, ours, theirs, every):
     for side, trace in (("ours", ours), ("theirs", theirs)):
         print(f"{side + ':':7} {trace.model}, {trace.dtype}, by {trace.version}")
-    print(f"{len(ours.tokens)} tokens; tolerance {result.tolerance:g}\n\n"
+    print(f"{counted(len(ours.tokens), 'token')}; tolerance {result.tolerance:g}\n\n"
           f"{'tensor':32} {'status':9} {'error':>8} {'worst row':>9}  where")
     first = result.first()
     for _, group in groupby(result.rows, lambda row: row.name if every else line_of(row, first)):
@@ -86,15 +86,15 @@ def print_diff(result, ours, theirs, every):
         errors = [f"{max(values):8.1e}" if None not in values else ""
                   for values in ([row.error for row in rows], [row.worst for row in rows])]
         name = rows[0].name if len(rows) == 1 else f"{rows[0].name} ... {rows[-1].name.removeprefix('d.')}"
-        where = rows[0].where if len(rows) == 1 else f"{len(rows)} tensors"
+        where = rows[0].where if len(rows) == 1 else counted(len(rows), "tensor")
         print(f"{name:32} {rows[0].status:9} {errors[0]:>8} {errors[1]:>9}  {where}".rstrip())
     if result.unknown:
-        print(f"\nunknown names in theirs ({len(result.unknown)}): {', '.join(result.unknown[:8])}")
+        print(f"\nunknown in theirs: {counted(len(result.unknown), 'name')}: {', '.join(result.unknown[:8])}")
     print("\n" + verdict(result))
 
 
 def line_of(row, first):
-    """Key by which consecutive rows share a line: status and block; rows of the block that diverges first do not."""
+    """The key by which rows are joined on a line: block and status, but single rows where the first divergence is."""
     if row.status in FAILED and block_of(row) == block_of(first):
         return row.name
     return row.status, block_of(row)
@@ -110,15 +110,14 @@ def verdict(result):
     counts = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     first = result.first()
     if first is None:
-        missing = "" if result.equal() else ", but tensors are missing (--partial allows that)"
-        return f"{counts}: no divergence{missing}"
+        return f"{counts}: no divergence" + ("" if result.equal() else ", but tensors are missing (see --partial)")
     lines = [f"{counts}", f"first divergence: {first.name} ({first.meaning})", f"  {first.status}: {first.where}"]
     if first.error is not None:
         place = [f"{what} {i}" for what, i in (("token", first.token), ("head", first.head)) if i is not None]
         lines[-1] += (f"; {'first at ' + ', '.join(place) + '; ' if place else ''}error {first.error:.2g}, worst row "
                       f"{first.worst:.2g}, largest difference {first.largest:.2g}")
         lines += [f"  likely: {reason}" for reason in result.reasons[:3]] or [
-            "  no known mistake fits; all earlier tensors agree, so look at the step that computes this one"]
+            "  no known mistake fits; the inputs of this tensor agree, so look at the step that computes it"]
     return "\n".join(lines)
 
 
@@ -138,7 +137,7 @@ def run_drift(args):
         layers = [{key: finite(x) if isinstance(x, float) else x for key, x in row._asdict().items()} for row in rows]
         print(json.dumps({"passed": passed, "tolerance": tolerance, "layers": layers}, indent=1))
     else:
-        print(f"{args.drift}; tolerance {tolerance:g}; relative errors, @ the token where they are largest\n\n"
+        print(f"{args.drift}; tolerance {tolerance:g}; relative errors, with the token of the largest\n\n"
               f"{'layer':12} {'kind':17} {'decode - prefill':>18} {'end states':>11} {'float32 - float64':>19}")
         for row in rows:
             state = "" if row.state is None else f"{row.state:.1e}"

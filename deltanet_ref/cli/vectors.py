@@ -1,5 +1,7 @@
-"""deltanet-ref vectors: list, export, generate and verify the conformance cases."""
+"""deltanet-ref vectors: list the conformance cases, export them as files, rebuild and verify them."""
 from pathlib import Path
+
+from deltanet_ref.errors import counted
 
 EPILOG = """\
 examples:
@@ -13,15 +15,15 @@ def add_arguments(parser):
     parser.epilog = EPILOG
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true",
-                      help="list every case with its sizes and flags, and what each flag catches")
-    what.add_argument("--out", metavar="DIR", help="write the inputs and expected values of each case as files")
-    what.add_argument("--make", metavar="DIR", help="regenerate the package's vectors from the definition")
+                      help="print every case with its sizes and flags, and the mistakes that each flag reveals")
+    what.add_argument("--out", metavar="DIR", help="write the inputs and expected outputs of each case as files")
+    what.add_argument("--make", metavar="DIR", help="rebuild the package's vectors from the definition, in DIR")
     what.add_argument("--verify", action="store_true",
-                      help="regenerate them in memory and compare with the package's files")
+                      help="rebuild the vectors in memory and compare them with those of the package")
     parser.add_argument("--cases", nargs="+", metavar="PATTERN", default=["*"],
-                        help="case ids, shell patterns or groups, for --list and --out (default: all)")
+                        help="case ids, shell patterns or groups (default: all)")
     parser.add_argument("--format", choices=("safetensors", "npz", "gguf"), default="safetensors",
-                        help="file format of --out (default: safetensors)")
+                        help="file format of --out: safetensors, npz or gguf (default safetensors)")
 
 
 def run(args):
@@ -31,11 +33,11 @@ def run(args):
 
     if args.make:
         write_vectors(args.make)
-        print(f"{len(CASES)} cases written to {args.make}")
+        print(f"Wrote {counted(len(CASES), 'case')} to {args.make}")
     elif args.verify:
         wrong = verify_vectors(VECTORS)
-        print("\n".join(wrong) or f"{len(CASES)} cases: sums, metadata and inputs are the same, "
-              f"answers within {ELSEWHERE:g} of their scale")
+        print("\n".join(wrong) or f"{counted(len(CASES), 'case')}: checksums, metadata and inputs are equal, "
+              f"outputs agree within {ELSEWHERE:g} of their scale")
         return 1 if wrong else 0
     elif args.list:
         print_list(select(args.cases))
@@ -56,7 +58,8 @@ def print_list(cases):
 
 
 def export(cases, directory, format):
-    """Write DIR/CASE-ID.in.FORMAT (inputs) and DIR/CASE-ID.expected.FORMAT (expected values, scales and floors)."""
+    """Write the inputs to DIR/CASE-ID.in.FORMAT, the outputs with their scales and noise floors to
+    DIR/CASE-ID.expected.FORMAT."""
     from deltanet_ref.oracle.cases import make_inputs
     from deltanet_ref.oracle.exchange import write_case
     from deltanet_ref.oracle.expected import expected
@@ -67,4 +70,4 @@ def export(cases, directory, format):
         target.parent.mkdir(parents=True, exist_ok=True)
         write_case(f"{target}.in.{format}", inputs)
         write_case(f"{target}.expected.{format}", expected(case).tensors())
-    print(f"{len(cases)} cases written to {directory}, CASE-ID.in.{format} and CASE-ID.expected.{format}")
+    print(f"Wrote {counted(len(cases), 'case')} to {directory}: CASE-ID.in.{format} and CASE-ID.expected.{format}")

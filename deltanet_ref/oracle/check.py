@@ -81,7 +81,7 @@ class Report:
 
     def summary(self):
         """One line: what passed, at which precision, which kit, and what really ran."""
-        from deltanet_ref import __version__
+        from deltanet_ref.version import __version__
 
         what = "forward and backward" if self.gradients else "forward only"
         counts = [f"{self.count('ok')} of {len(self.cases)} cases pass"]

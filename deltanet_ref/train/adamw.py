@@ -1,4 +1,4 @@
-"""AdamW and the clipping of gradients by their global norm, on dictionaries of NumPy arrays."""
+"""AdamW and gradient clipping by global norm, on dictionaries of NumPy arrays."""
 import numpy as np
 
 from deltanet_ref import ops
@@ -6,12 +6,12 @@ from deltanet_ref.errors import InputError
 
 
 class AdamW:
-    """Adam with decoupled weight decay: ops.adamw_update on every array.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019): adamw_update on every array.
 
     m and v have the dtype and shape of their array and start at zero.
 
-    decays   name, array -> bool: which arrays are decayed (all by default)
-    backend  whose adamw_update it is
+    decays   (name, array) -> whether weight decay applies to it (default: to all)
+    backend  the module whose adamw_update runs
     """
 
     def __init__(self, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decays=lambda name, array: True, backend=ops):
@@ -20,8 +20,8 @@ class AdamW:
         self.t = 0
         self.m, self.v = {}, {}
 
-    def step(self, parameters, gradients, lr):
-        """Update every array of parameters in place. Raises InputError if the two dictionaries differ in names."""
+    def step(self, parameters: dict, gradients: dict, lr: float) -> None:
+        """Update every array of parameters in place. Raises InputError if the two dictionaries have different names."""
         if parameters.keys() != gradients.keys():
             odd = sorted(parameters.keys() ^ gradients.keys())
             raise InputError(f"parameters and gradients must have the same names; only one has {', '.join(odd)}")
@@ -33,10 +33,10 @@ class AdamW:
                                       eps=self.eps, weight_decay=self.weight_decay if self.decays(name, p) else 0.0)
 
 
-def clip_by_global_norm(gradients, limit):
-    """Scale all gradients in place by min(1, limit / (|g| + 1e-6)) and return |g|, their joint 2-norm before scaling.
+def clip_by_global_norm(gradients: dict, limit: float | None) -> float:
+    """Scale all gradients in place by min(1, limit / (|g| + 1e-6)) and return |g|, their global 2-norm before scaling.
 
-    limit None only measures. The 1e-6 is torch.nn.utils.clip_grad_norm_'s.
+    limit=None only computes the norm. The 1e-6 is that of torch.nn.utils.clip_grad_norm_.
     """
     norm = float(np.sqrt(sum(np.vdot(g, g).real for g in map(_double, gradients.values()))))
     if limit is not None and norm + 1e-6 > limit:

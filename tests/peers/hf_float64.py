@@ -10,7 +10,6 @@ import sys
 import types
 from unittest import mock
 
-import torch
 import transformers.integrations
 
 

@@ -19,11 +19,11 @@ from deltanet_ref.lora.merge import merge
 from deltanet_ref.lora.verify import log_softmax
 from deltanet_ref.model.convert import open_base, write_base
 from deltanet_ref.model.generate import invocation
-from tests.delta_rule import relative
 from tests.paths import FIXTURES
 from tests.peers.hf_models import ATTENTION, DELTA, random_model
 from tests.peers.llama import Llama
 from tests.peers.test_llama_live import FLOAT32
+from tests.tolerances import relative
 
 MODELS = ["eq", "grouped"]
 TOKENS = [17, 401, 3, 3, 250, 88, 9, 444, 120, 61, 5]

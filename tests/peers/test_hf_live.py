@@ -10,9 +10,9 @@ from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 import deltanet_ref as dr
 from deltanet_ref.model.tensors import expected_tensors, to_gguf_form
-from tests.delta_rule import relative
 from tests.peers import hf_models
 from tests.peers.hf_models import SHAPES
+from tests.tolerances import relative
 
 FLOAT64 = 1e-11         # two float64 computations of different order; measured: logits 5e-15, gradients 5e-14
 FLOAT32 = 4e-6          # our float32 against HF's float64; measured 1.2e-6, HF's own float32 1.7e-6

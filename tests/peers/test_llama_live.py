@@ -12,11 +12,11 @@ import pytest
 
 import deltanet_ref as dr
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
-from tests.delta_rule import relative
 from tests.paths import FIXTURES
 from tests.peers import hf_models
 from tests.peers.hf_models import ATTENTION, DELTA
 from tests.peers.llama import Llama
+from tests.tolerances import relative
 
 # llama.cpp computes in float32: it was seen 2e-7 .. 1.1e-6 from HF's float64 on the fixtures (their report.json). A
 # badly conditioned prompt is off by more now and then, in our float32 too: the norms are of several prompts together.

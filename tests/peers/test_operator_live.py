@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from deltanet_ref import ops
 from deltanet_ref.notation import value_to_key_head
 from deltanet_ref.ops import gated_delta_rule as gdr
-from tests.delta_rule import relative
 from tests.peers import hf_float64
 from tests.peers.hf_models import SHAPES, text_config
+from tests.tolerances import relative
 
 hf = hf_float64.modeling
 FLOAT64 = 1e-12                 # two float64 computations of different order; measured: 1e-14

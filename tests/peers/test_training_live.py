@@ -9,9 +9,9 @@ import deltanet_ref as dr
 from deltanet_ref.lora.bridge import reorder
 from deltanet_ref.model.tensors import linear_tensors
 from deltanet_ref.train.batches import IGNORED, Example, shuffled
-from tests.delta_rule import relative
 from tests.paths import FIXTURES
 from tests.peers import hf_models
+from tests.tolerances import relative
 
 STEPS, BATCH_SIZE, SEED = 2, 2, 5
 LR, WEIGHT_DECAY, CLIP = 1e-2, 0.1, 0.05         # the clip is below the norm of the gradient: it acts
