@@ -131,7 +131,7 @@ def _tokens(model, ids, activated, start, on_prefill, choose):
         if on_prefill:
             on_prefill(end, len(ids))
     while True:
-        token = choose(logits)
+        token = choose(model.backend.to_host(logits))
         yield token
         with _inactive(model, inactive):
             logits, state = model.step(token, state)
@@ -153,7 +153,6 @@ def sample(logits: np.ndarray, temperature: float, top_k: int, top_p: float, rng
     """One token from logits (V,): temperature, then top-k, then top-p."""
     if temperature == 0:
         return int(np.argmax(logits))
-    logits = np.asarray(logits)
     order = _most_likely(logits, top_k or len(logits))
     scaled = logits[order].astype(np.float64) / temperature
     p = np.exp(scaled - scaled[0])

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deltanet_ref.backends.interface import Backend
 from deltanet_ref.backends import get_backend, threads
+from deltanet_ref.backends.interface import Backend
 from deltanet_ref.errors import InputError, counted
 from deltanet_ref.formats.files import read_json
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
