@@ -14,8 +14,18 @@ from deltanet_ref.errors import InputError, shown
 from deltanet_ref.formats.gguf import GGUFFile, read_gguf, write_gguf
 from deltanet_ref.formats.quants import dequantize, finite
 from deltanet_ref.formats.values import is_text
-from deltanet_ref.lora.bridge import (FACTOR_TYPES, StoredAdapter, common_alpha, drop_kind, encoded,
-                                      invocation_tokens, read_peft, reorder, split_dropped, write_peft)
+from deltanet_ref.lora.bridge import (
+    FACTOR_TYPES,
+    StoredAdapter,
+    common_alpha,
+    drop_kind,
+    encoded,
+    invocation_tokens,
+    read_peft,
+    reorder,
+    split_dropped,
+    write_peft,
+)
 from deltanet_ref.model.config import ARCHITECTURE, Config
 from deltanet_ref.model.load import listing
 from deltanet_ref.model.tensors import linear_tensors
