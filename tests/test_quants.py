@@ -8,8 +8,16 @@ import pytest
 
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
-from deltanet_ref.formats.quants import (QUANTIZABLE, TYPES, dequantize, finite, quantize, rows, stored_bytes,
-                                         stored_finite)
+from deltanet_ref.formats.quants import (
+    QUANTIZABLE,
+    TYPES,
+    dequantize,
+    finite,
+    quantize,
+    rows,
+    stored_bytes,
+    stored_finite,
+)
 from tests.paths import FIXTURES
 
 GGML = np.load(FIXTURES / "dequant.npz")

@@ -5,7 +5,7 @@ import numpy as np
 
 from deltanet_ref.cli.model import losses_by_type, print_notes
 from deltanet_ref.cli.options import add_output_arguments, add_type_argument, check_output
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, counted
 
 PREFIXES = ("model.", "model.language_model.")
 
@@ -71,7 +71,7 @@ def run(args):
     if isinstance(base, GGUFBase) != writes_gguf(args.output):
         print_notes(base.notes)
     print(losses_by_type(write_base(base, args.output, args.type)), end="")
-    print(f"Wrote {args.output}: {len(base.specs)} tensors")
+    print(f"Wrote {args.output}: {counted(len(base.specs), 'tensor')}")
 
 
 def is_adapter(path: Path | str) -> bool:
@@ -115,5 +115,5 @@ def convert_adapter(args):
         with atomic_directory(args.output) as temporary:
             adapter.save_peft(temporary, kind, args.prefix)
     ranks = sorted({adapter.rank(target) for target in adapter.targets})
-    print(f"Wrote {args.output}: adapted tensors {len(adapter.targets)}, rank {', '.join(map(str, ranks))}, "
+    print(f"Wrote {args.output}: {counted(len(adapter.targets), 'adapted tensor')}, rank {', '.join(map(str, ranks))}, "
           f"alpha {adapter.alpha:g}")
