@@ -6,7 +6,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, json_kind, shown
 
 MAX_NESTING = 100
 
@@ -96,7 +96,7 @@ def utf8(text):
         return text.encode()
     except UnicodeEncodeError as e:
         part = text[max(e.start - 20, 0):e.start + 20]
-        raise InputError(f"the text has a lone surrogate at character {e.start}, in {part!r}: remove it") from e
+        raise InputError(f"the text has a lone surrogate at character {e.start}, in {shown(part)}: remove it") from e
 
 
 def read_json(path):
@@ -113,7 +113,7 @@ def parse_json(where, text):
     try:
         value = json.loads(text, object_pairs_hook=_without_duplicates)
         if not isinstance(value, dict):
-            raise InputError(f"an object is needed, this is a {type(value).__name__}")
+            raise InputError(f"an object is needed, this is {json_kind(value)}")
         level = [value]
         for _ in range(MAX_NESTING):
             level = [x for v in level if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v)]
@@ -128,7 +128,7 @@ def _without_duplicates(pairs):
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise InputError(f"the name {twice!r} appears twice")
+        raise InputError(f"the name {shown(twice)} appears twice")
     return value
 
 

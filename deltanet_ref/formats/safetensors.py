@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 from deltanet_ref.formats.files import atomic_write, parse_json, read_json, utf8
 
 DTYPES = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "I32": "<i4", "BF16": "<u2", "F16": "<f2", "I16": "<i2", "I8": "i1",
@@ -36,7 +36,8 @@ class SafeTensors(Mapping):
     def __getitem__(self, name):
         stored = self._stored[name]
         if stored.dtype not in DTYPES:
-            raise InputError(f"the tensor {name!r} has the type {stored.dtype}, which is not read: convert it to BF16")
+            raise InputError(f"the tensor {shown(name)} has the type {stored.dtype}, which is not read: convert it to "
+                             "BF16")
         values = stored.raw.view(DTYPES[stored.dtype]).reshape(stored.shape)
         if stored.dtype == "BF16":
             return (values.astype(np.uint32) << 16).view(np.float32)
@@ -71,7 +72,7 @@ def read_safetensors(path):
         raise InputError(f"{path / INDEX}: is no safetensors index: fetch it again")
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if not name.endswith(".safetensors") or "/" in name or "\\" in name]:
-        raise InputError(f"{path / INDEX}: names {outside[0]!r}, which is no .safetensors file of this directory")
+        raise InputError(f"{path / INDEX}: names {shown(outside[0])}, which is no .safetensors file of this directory")
     shards = {name: _open(path / name)[0] for name in names}
     missing = sorted(name for name, shard in weight_map.items() if name not in shards[shard])
     if missing:
@@ -96,8 +97,8 @@ def _open(path):
               for name, t in header.items()}
     for name, (_, shape, _) in stored.items():
         if len(shape) > MAX_DIMENSIONS or math.prod(filter(None, shape)) > sys.maxsize // 8:     # what NumPy takes
-            raise InputError(f"{path}: the tensor {name!r} has the shape {shape}: the file is damaged, fetch or convert "
-                             "it again")
+            raise InputError(f"{path}: the tensor {shown(name)} has the shape {shape}: the file is damaged, fetch or "
+                             "convert it again")
     return stored, metadata
 
 

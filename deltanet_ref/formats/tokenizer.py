@@ -18,7 +18,7 @@ from threading import Lock
 import numpy as np
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 from deltanet_ref.formats.files import read_json, read_text, utf8
 from deltanet_ref.formats.gguf import StringArray, read_gguf
 
@@ -62,7 +62,7 @@ class Tokenizer:
         sequence of "left right", the best first; pre: a key of PRE_TOKENIZERS; ends: ids that end a generation;
         special: name in the chat template (eos_token, ...) -> text."""
         if pre not in PRE_TOKENIZERS:
-            raise InputError(f"the pre-tokenizer {pre!r} is unknown: known are {', '.join(PRE_TOKENIZERS)}")
+            raise InputError(f"the pre-tokenizer {shown(pre)} is unknown: known are {', '.join(PRE_TOKENIZERS)}")
         self._tokens, self._types, self._merges, self._pre = tokens, np.asarray(types), merges, pre
         self._ends, self._special = ends, special or {}
         self.chat_template = chat_template
@@ -128,7 +128,7 @@ class Tokenizer:
         normalize: "NFC" as HF does, None as llama.cpp does. Nothing is added at either end.
         """
         if normalize not in NORMALIZERS:
-            raise InputError(f"normalize={normalize!r} is unknown: use 'NFC' (as HF) or None (as llama.cpp)")
+            raise InputError(f"normalize={shown(normalize)} is unknown: use 'NFC' (as HF) or None (as llama.cpp)")
         utf8(text)          # refuses what has none
         ids = []
         for i, piece in enumerate(self._whole[bool(parse_special)].split(text)):
@@ -175,7 +175,7 @@ class Tokenizer:
         ids = {token: i for i, token in enumerate(self._tokens)}
         if len(ids) < len(self._tokens):
             twice = next(token for i, token in enumerate(self._tokens) if ids[token] != i)
-            raise InputError(f"the vocabulary has the token {twice!r} twice: convert the model again")
+            raise InputError(f"the vocabulary has the token {shown(twice)} twice: convert the model again")
         return ids
 
     @cached_property
@@ -264,7 +264,7 @@ def _vocabulary(tokenizer_json, vocab_size=None):
     try:
         model, added = tokenizer_json["model"], tokenizer_json["added_tokens"]
         if model["type"] != "BPE":
-            raise InputError(f"the model is {model['type']!r}, BPE is needed")
+            raise InputError(f"the model is {shown(model['type'])}, BPE is needed")
         kinds = {text: (index(i), NORMAL) for text, i in model["vocab"].items()}
         kinds |= {t["content"]: (index(t["id"]), CONTROL if t["special"] else USER_DEFINED) for t in added}
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]

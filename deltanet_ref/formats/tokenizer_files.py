@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 from deltanet_ref.formats.files import read_json
 from deltanet_ref.formats.gguf import StringArray
 from deltanet_ref.formats.tokenizer import (CONTROL, NORMAL, PRE_TOKENIZERS, PREFIX, TEMPLATE_NAMES, UNUSED, Tokenizer,
@@ -37,7 +37,7 @@ def write_tokenizer_files(directory, metadata):
     directory = Path(directory)
     ggml = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
     if ggml.get("pre") not in PRE_TOKENIZERS or not isinstance(ggml.get("tokens"), (list, StringArray)):
-        raise InputError(f"the tokenizer {ggml.get('pre')!r} cannot be written for HF: known are those of "
+        raise InputError(f"the tokenizer {shown(ggml.get('pre'))} cannot be written for HF: known are those of "
                          f"{', '.join(PRE_TOKENIZERS)}")
     tokens, types = list(ggml["tokens"]), ggml["token_type"]
     added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,

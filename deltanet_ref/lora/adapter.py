@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
 from deltanet_ref.formats.quants import dequantize
 from deltanet_ref.lora.bridge import (FACTOR_TYPES, StoredAdapter, encoded, invocation_tokens, kind, one_alpha,
@@ -72,7 +72,7 @@ class Adapter:
     def _to_save(self, type):
         check_factors("the adapter", self.tensors, self.config)
         if type.upper() not in (*FACTOR_TYPES, "KEPT"):
-            raise InputError(f"the type {type!r} is not for LoRA factors: use f32, f16, bf16 or kept")
+            raise InputError(f"the type {shown(type)} is not for LoRA factors: use f32, f16, bf16 or kept")
         factors = {name: np.asarray(x) for name, x in _in_network_order(self.tensors, self.config).items()}
         return factors, self.types if type == "kept" else dict.fromkeys(factors, type.upper())
 
@@ -85,9 +85,9 @@ def new_adapter(model, rank=16, alpha=32, targets=None, seed=0):
     Raises InputError for names that the model does not have, and a rank or alpha that is not positive.
     """
     if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
-        raise InputError(f"rank is {rank!r}, it must be a positive integer")
+        raise InputError(f"rank is {shown(rank)}, it must be a positive integer")
     if not 0 < alpha < np.inf:
-        raise InputError(f"alpha is {alpha!r}, it must be a positive number")
+        raise InputError(f"alpha is {shown(alpha)}, it must be a positive number")
     rng, tensors = np.random.default_rng(seed), {}
     for spec in _chosen(linear_tensors(model.config), targets):
         out, width = spec.shape
@@ -173,8 +173,8 @@ def check_factors(where, factors, config, strangers=()):
     found = fit(factors, config, strangers)
     if not (found.matched or found.missing or found.misshapen):
         reason = "it holds no LoRA factors" if not found.strangers else (
-            f"none of its tensors, such as {found.strangers[0]!r}, belongs to a linear layer of this model: it was "
-            "made for another model, or under other names")
+            f"none of its tensors, such as {shown(found.strangers[0])}, belongs to a linear layer of this model: it "
+            "was made for another model, or under other names")
         raise InputError(f"{where} would do nothing: {reason}")
     problems = [listing("missing", found.missing),
                 listing("beyond scale B A on this model's linear layers", found.strangers, most=40),
@@ -197,14 +197,14 @@ def _read_gguf_adapter(path, config, drop):
     about = file.metadata
     for key, wanted in (("general.type", "adapter"), ("general.architecture", ARCHITECTURE), ("adapter.type", "lora")):
         if not is_text(about.get(key), wanted):
-            raise InputError(f"{path}: {key} is {about.get(key)!r}, a LoRA adapter for this model has {wanted!r}")
+            raise InputError(f"{path}: {key} is {shown(about.get(key))}, a LoRA adapter for this model has {wanted!r}")
     known = {f"{name}.lora_{factor}" for name in linear_tensors(config) for factor in "ab"}
     factors = {name: dequantize(tensor.raw, tensor.type, tensor.shape, np.float64)
                for name, tensor in file.tensors.items() if name in known}
     types = {name: file.tensors[name].type.name for name in factors}
     alpha = about.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, float) or not np.isfinite(alpha):
-        raise InputError(f"{path}: adapter.lora.alpha is {alpha!r}, not a number")
+        raise InputError(f"{path}: adapter.lora.alpha is {shown(alpha)}, not a number")
     # alpha 0, or none: llama.cpp applies B A as it is, which is alpha = r
     alphas = {name.removesuffix(".lora_a"): alpha or float(math.prod(x.shape[:1])) for name, x in factors.items()
               if name.endswith(".lora_a")}
@@ -218,7 +218,7 @@ def adapter_metadata(file):
     found = {name: file.metadata[key] for name, key in _CARRIED.items() if key in file.metadata}
     for name in found.keys() - {"invocation_tokens"}:
         if not isinstance(found[name], str):
-            raise InputError(f"{file.path}: {_CARRIED[name]} is {found[name]!r}, not a text")
+            raise InputError(f"{file.path}: {_CARRIED[name]} is {shown(found[name])}, not a text")
     if "invocation_tokens" in found:
         found["invocation_tokens"] = invocation_tokens(np.ravel(found["invocation_tokens"]).tolist(), file.path)
     return found

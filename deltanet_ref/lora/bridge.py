@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 from deltanet_ref.formats.files import atomic_write, read_json
 from deltanet_ref.formats.quants import quantize
 from deltanet_ref.formats.safetensors import read_safetensors, write_safetensors
@@ -97,14 +97,14 @@ def read_peft(directory, config, drop=()):
     if peft.get("peft_type") != "LORA":
         raise InputError(f"{directory}/{PEFT_CONFIG} does not describe a LoRA adapter (peft_type LORA)")
     if str(peft.get("init_lora_weights")).lower().startswith(_BASE_CHANGING):
-        raise InputError(f"{directory}: init_lora_weights = {peft['init_lora_weights']!r} changes the base weights "
-                         "too: export it from PEFT as a plain LoRA first")
+        raise InputError(f"{directory}: init_lora_weights = {shown(peft['init_lora_weights'])} changes the base "
+                         "weights too: export it from PEFT as a plain LoRA first")
     if not (directory / PEFT_WEIGHTS).is_file():
         raise InputError(f"{directory}/{PEFT_WEIGHTS} does not exist: save the adapter with safetensors")
     by_hf_name = {spec.hf_name: name for name, spec in linear_tensors(config).items()}
     stored = read_safetensors(directory / PEFT_WEIGHTS)
     factors, types, modules, wrong_ranks = {}, {}, {}, []
-    strangers = [f"{field} = {peft[field]!r}" for field in _BEYOND_LORA if peft.get(field) not in _NOTHING]
+    strangers = [f"{field} = {shown(peft[field])}" for field in _BEYOND_LORA if peft.get(field) not in _NOTHING]
     for key in stored:
         match = _PEFT_KEY.fullmatch(key)
         target = match and by_hf_name.get(text_model_name(match["module"]) + ".weight")
@@ -133,7 +133,7 @@ def read_peft(directory, config, drop=()):
 def invocation_tokens(values, where):
     """Token ids from a file as a list of int. Raises InputError."""
     if not isinstance(values, list) or not all(type(i) is int and 0 <= i < 2 ** 32 for i in values):
-        raise InputError(f"{where}: the invocation tokens are {values!r}, not token ids")
+        raise InputError(f"{where}: the invocation tokens are {shown(values)}, not token ids")
     return values
 
 
@@ -170,8 +170,8 @@ def _ranks_and_alphas(peft, modules, directory):
     for module in modules:
         r, alpha = ranks[module], alphas[module]
         if not all(isinstance(x, int | float) and 0 < abs(x) < 2 ** 31 for x in (r, alpha)) or r != int(r) or r < 1:
-            raise InputError(f"{where}: {module} has rank {r!r} and alpha {alpha!r}: a positive integer and a number "
-                             "other than 0 are needed")
+            raise InputError(f"{where}: {module} has rank {shown(r)} and alpha {shown(alpha)}: a positive integer and "
+                             "a number other than 0 are needed")
         scales[module] = int(r), alpha * r ** 0.5 if peft.get("use_rslora") else float(alpha)
     return scales
 
@@ -181,7 +181,7 @@ def _by_module(peft, modules, patterns, default, where):
     else the default."""
     values = peft.get(patterns) or {}
     if not isinstance(values, dict):
-        raise InputError(f"{where}: {patterns} is {values!r}, not an object")
+        raise InputError(f"{where}: {patterns} is {shown(values)}, not an object")
     ends = [rf"(.*\.)?({pattern})" for pattern in values]
     if all(map(_PLAIN_PATTERN.fullmatch, values)):
         matched = [[m for m in modules if re.fullmatch(end, m)] for end in ends]

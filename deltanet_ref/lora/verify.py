@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 from deltanet_ref.formats.tokenizer import load_tokenizer
 from deltanet_ref.lora.adapter import fit, load_adapter, read_adapter
 from deltanet_ref.lora.bridge import reorder
@@ -175,8 +175,8 @@ def _causes(strangers, config):
             prefixes[match["prefix"]] += 1
         elif match["module"] in modules:
             elsewhere.append(f"layers.{match['layer']}.{match['module']}")
-    causes = [f"wrong prefix: {count} names are of modules that this model has, under {prefix!r} instead of 'model.' "
-              "or 'model.language_model.': rename them" for prefix, count in prefixes.items()]
+    causes = [f"wrong prefix: {count} names are of modules that this model has, under {shown(prefix)} instead of "
+              "'model.' or 'model.language_model.': rename them" for prefix, count in prefixes.items()]
     if elsewhere:
         causes.append(f"wrong base: {elsewhere[0]} exists in other models of this family, not in this one: the number "
                       "or the kinds of layers differ")

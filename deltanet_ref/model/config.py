@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 
 ARCHITECTURE = "qwen35"
 LAYER_TYPES = ("linear_attention", "full_attention")
@@ -64,7 +64,8 @@ class Config:
 
     def __post_init__(self):
         problems = [
-            f"{f.name} is {getattr(self, f.name)!r}, it must be a positive {'integer' if f.type is int else 'number'}"
+            f"{f.name} is {shown(getattr(self, f.name))}, it must be a positive "
+            f"{'integer' if f.type is int else 'number'}"
             for f in fields(self) if f.type in (int, float) and not _positive(getattr(self, f.name), f.type)]
         _raise(problems)
         if self.num_attention_heads % self.num_key_value_heads:
@@ -116,8 +117,8 @@ class Config:
             raise InputError(f"this GGUF holds a {metadata['general.type']}, not a model: pass the base model's file")
         architecture = metadata.get("general.architecture")
         if not is_text(architecture, ARCHITECTURE):
-            raise InputError(f"the architecture is {architecture!r}: only dense Qwen3.5 models ({ARCHITECTURE!r}) are "
-                             "supported")
+            raise InputError(f"the architecture is {shown(architecture)}: only dense Qwen3.5 models ({ARCHITECTURE!r}) "
+                             "are supported")
         problems = []
 
         def number(key, kind=np.uint32, default=None):
@@ -125,7 +126,7 @@ class Config:
             if value is None:
                 problems.append(f"{ARCHITECTURE}.{key} is missing")
             elif not (_whole(value) if kind is np.uint32 else _real(value)):
-                problems.append(f"{ARCHITECTURE}.{key} is {value!r}, not a number")
+                problems.append(f"{ARCHITECTURE}.{key} is {shown(value)}, not a number")
             else:
                 return int(value) if kind is np.uint32 else float(value)
             return 1
@@ -173,13 +174,13 @@ class Config:
         model_type = config.get("model_type")
         text = config.get("text_config") if model_type == "qwen3_5" else config
         if model_type not in ("qwen3_5", "qwen3_5_text") or not isinstance(text, dict):
-            raise InputError(f"config.json has model_type {model_type!r}: only dense Qwen3.5 models (qwen3_5_text, or "
-                             "qwen3_5 with a text_config) are supported")
+            raise InputError(f"config.json has model_type {shown(model_type)}: only dense Qwen3.5 models (qwen3_5_text, "
+                             "or qwen3_5 with a text_config) are supported")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if not isinstance(rope, dict):
-            raise InputError(f"rope_parameters of config.json is {rope!r}, not an object")
+            raise InputError(f"rope_parameters of config.json is {shown(rope)}, not an object")
         rope = {key: rope.get(key, text.get(key, default)) for key, default in HF_ROPE_DEFAULTS.items()}
-        problems = [f"{key} {text[key]!r} is not supported, only {value!r}" for key, value in HF_FIXED.items()
+        problems = [f"{key} {shown(text[key])} is not supported, only {shown(value)}" for key, value in HF_FIXED.items()
                     if text.get(key, value) != value]
         if rope.pop("rope_type") != "default":
             problems.append("scaled rotary positions (rope_type other than 'default') are not supported")
@@ -188,13 +189,13 @@ class Config:
         values = {key: text.get(key, default) for key, default in HF_DEFAULTS.items()}
         layers, layer_types = values["num_hidden_layers"], text.get("layer_types")
         if not _whole(layers) or not 0 < layers <= MAX_LAYERS:
-            problems.append(f"num_hidden_layers is {layers!r}")
+            problems.append(f"num_hidden_layers is {shown(layers)}")
             _raise(problems)
         if layer_types is None:
             layer_types = _every(text.get("full_attention_interval", 4), layers)
         for key, value in (("layer_types", layer_types), ("mrope_section", rope["mrope_section"])):
             if not isinstance(value, (list, tuple)):
-                problems.append(f"{key} is {value!r}, not a list")
+                problems.append(f"{key} is {shown(value)}, not a list")
         _raise(problems)
         tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
         return cls(**values, **rope | {"mrope_section": tuple(rope["mrope_section"])}, layer_types=tuple(layer_types),
@@ -223,7 +224,7 @@ class Config:
 def _every(interval, layers):
     """Layer types where every interval-th layer is attention and the others are delta layers."""
     if not _positive(interval, int):
-        raise InputError(f"full_attention_interval is {interval!r}, it must be a positive integer")
+        raise InputError(f"full_attention_interval is {shown(interval)}, it must be a positive integer")
     return tuple(LAYER_TYPES[(i + 1) % interval == 0] for i in range(layers))
 
 
