@@ -198,7 +198,7 @@ def test_an_activated_lora_is_not_merged(tmp_path):
 @pytest.mark.parametrize("arguments, match", [
     (["--adapter", "eq/lora.gguf", "-o", "hf", "--type", "q8_0"], "ends in .gguf"),
     (["--adapter", "grouped/lora.gguf", "-o", "a.gguf"], "misshapen"),
-    (["--adapter", "eq/lora.gguf=much", "-o", "a.gguf"], "is no number"),
+    (["--adapter", "eq/lora.gguf=much", "-o", "a.gguf"], "is not a finite number"),
     (["--adapter", "eq/eq-f32.gguf", "-o", "a.gguf"], "general.type is 'model'"),
     (["--adapter", "eq/lora.gguf", "-o", "a.gguf", "--type", "q3_k"], "invalid choice"),
     (["-o", "a.gguf"], "--adapter"),
