@@ -63,5 +63,5 @@ def read_tokens(args, model):
         raise InputError("the prompt is empty")
     context = model.config.max_position_embeddings
     if len(ids) > context:
-        print_notes([f"{counted(len(ids), 'token')} are more than the model's context of {context}"])
+        print_notes([f"{counted(len(ids), 'token')} are more than the model's context of {context:,}"])
     return ids

@@ -5,7 +5,8 @@
 
 A template is a program from a file that nobody vouches for. jinja's sandbox keeps it from Python's objects; what the
 sandbox does not bound, loops within loops and strings that double, this process does: an alarm ends it after SECONDS,
-and it has BYTES of memory and no more. Imports nothing of the package, so that it starts at once.
+it has BYTES of memory and no more, and a text of more than LONGEST characters is refused. Imports nothing of the
+package, so that it starts at once.
 """
 import json
 import resource
