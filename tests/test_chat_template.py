@@ -119,6 +119,6 @@ def test_an_endless_template_is_stopped_before_it_takes_the_memory(tiny):
         tiny.apply_chat_template([])
 
 
-def test_missing_template_is_said(published):
+def test_missing_template_is_reported(published):
     with pytest.raises(InputError, match="no chat template: set"):
         Tokenizer(["a"], [1], [], pre="qwen35").apply_chat_template(TURNS)

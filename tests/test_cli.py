@@ -26,6 +26,7 @@ QUANTISED = str(FIXTURES / "quant" / "quant-Q4_K_M.gguf")
 ADAPTER = str(FIXTURES / "eq" / "lora.gguf")
 HF = FIXTURES / "eq" / "hf"
 PACKAGE = Path(dr.__file__).parent
+HANGS = 600         # seconds after which a process will never end: no machine is that slow
 WORDS = ["alpha", "beta", "gamma", "delta", "rule", "gate"]
 ROWS = [{"text": " ".join(np.random.default_rng(i).choice(WORDS, 9))} for i in range(13)]
 
@@ -176,7 +177,7 @@ def test_module_is_the_command_and_names_every_command():
 # ---- what a user is told
 
 def library_modules():
-    """The syntax trees of what is no command line."""
+    """The syntax trees of all modules outside the command line."""
     for folder in ("train", "model", "demo", "lora", "ops", "backends"):
         for path in sorted((PACKAGE / folder).rglob("*.py")):
             yield path, ast.parse(path.read_text())
@@ -298,17 +299,17 @@ def test_generate_stops_at_the_end_of_the_context_and_says_so(capsys, long_promp
     status, _, err = run(capsys, "generate", MODEL, "--prompt-file", long_prompt, "--max-tokens", 50,
                          "--temperature", 9, "--top-k", 0, "--top-p", 1)
     assert status == 0 and err.startswith("4 tokens in ") and "to read 1,020 prompt tokens\n" in err
-    assert "note: the model's context of 1024 tokens is full" in err
+    assert "note: the model's context of 1,024 tokens is full" in err
     assert "context" not in run(capsys, "generate", MODEL, "-p", "alpha", "--max-tokens", 2)[2]
 
 
 def test_a_prompt_that_fills_the_context_is_refused(capsys, long_prompt, tmp_path):
     (tmp_path / "longer.txt").write_text(long_prompt.read_text() + " alpha beta gamma")
     status, out, err = run(capsys, "generate", MODEL, "--prompt-file", tmp_path / "longer.txt")
-    assert (status, out) == (2, "") and "leaves no room in the model's context of 1024: shorten it" in err
+    assert (status, out) == (2, "") and "leaves no room in the model's context of 1,024: shorten it" in err
     longer = (tmp_path / "longer.txt").read_text()
     status, _, err = run(capsys, "trace", MODEL, "-p", longer, "-o", tmp_path / "t.safetensors")
-    assert status == 0 and "more than the model's context of 1024" in err
+    assert status == 0 and "more than the model's context of 1,024" in err
 
 
 def on_a_terminal(*words):

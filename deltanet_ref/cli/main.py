@@ -98,7 +98,8 @@ def out_of_memory(error: MemoryError, options: dict) -> str:
     first = ["--checkpoint"] if options.get("checkpoint") is False else []
     smaller = [flag(name) for name in ("batch_size", "seq_len") if name in options]
     remedies = first + ([f"a smaller {' or '.join(smaller)}"] if smaller else []) or ["a smaller model or file"]
-    return f"out of memory ({error}): use {', or '.join(remedies)}"
+    detail = f" ({error})" if str(error) else ""
+    return f"out of memory{detail}: use {', or '.join(remedies)}"
 
 
 def fail(status: int, error: object) -> int:

@@ -45,7 +45,7 @@ def generate(model, prompt: str | Sequence[int], max_tokens: int = 128, temperat
     context = model.config.max_position_embeddings
     if len(ids) >= context:
         raise InputError(f"the prompt has {counted(len(ids), 'token')} and leaves no room in the model's context of "
-                         f"{context}: shorten it")
+                         f"{context:,}: shorten it")
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, rng=np.random.default_rng(seed))
     tokens = _tokens(model, ids, *invocation(model, ids), on_prefill, choose)
     return Continuation(tokens, len(ids), max_tokens, context - len(ids), model.tokenizer, return_ids)

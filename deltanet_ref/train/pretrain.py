@@ -237,7 +237,7 @@ def pretrain(model: Qwen35, text: str, options: PretrainOptions, *, valid: str =
 
 
 def steps_in(seconds: float, parallel: ParallelModel, batches) -> int:
-    """How many steps fit in so many seconds, judged by the fastest of these batches; at least one."""
+    """The number of steps that fit in this time, estimated from the fastest of these batches; at least one."""
     times = []
     for batch in batches:
         start = time.perf_counter()
