@@ -190,7 +190,7 @@ def check():
     models = []
     for dtype, backend in (("float64", ops), ("float32", get_backend("numba"))):
         stored = {name: w.astype(dtype) for name, w in weights.items()}
-        models.append(Qwen35(config, Weights(config, stored, dtype), backend=backend))
+        models.append(Qwen35(config, Weights(config, stored, dtype, backend)))
     tokens = np.random.default_rng(2).integers(0, config.vocab_size, (1, 150))
     adapter = new_adapter(models[1], RANK, ALPHA)
     adapter.tensors = {name: rng.standard_normal(x.shape, np.float32) / 10 for name, x in adapter.tensors.items()}

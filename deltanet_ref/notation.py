@@ -2,7 +2,7 @@
 
 Sizes   B batch, L tokens, C chunk, N chunks, H_k key heads, H_v value heads, d_k, d_v head sizes, D hidden,
         F feed-forward, V vocabulary, K convolution kernel, r LoRA rank.
-        T, U, W, S are always matrices, so the time axis is called L.
+        T, U, W, S are always matrices, so the time axis is L.
 
 The gated delta rule, per value head, decay first and then the error [delta.1..4]:
 
@@ -11,7 +11,7 @@ The gated delta rule, per value head, decay first and then the error [delta.1..4
     S_t = S~ + outer(k_t, u_t)
     o_t = scale q_t S_t                         scale = d_k ** -0.5, once
 
-q and k reach the operator L2-normalised: x / sqrt(sum(x^2) + 1e-6), eps on the SUM.
+The caller L2-normalises q and k: x / sqrt(sum(x^2) + 1e-6), eps on the SUM.
 
 One thing, five names:
 
@@ -28,7 +28,7 @@ One thing, five names:
     output gate   in_proj_z               gate            attn_gate            z
     norm weight   1 + weight              weight          weight (1 + w)       w (1 + w formed on loading)
 
-Head order: value head h reads key head h // (H_v / H_k) when grouped (HF, FLA), h % H_k when tiled (GGUF).
+Head order: value head h reads key head h // (H_v / H_k) in grouped order (HF, FLA), h % H_k in tiled order (GGUF).
 """
 import numpy as np
 

@@ -1,10 +1,10 @@
-"""Kernels for the tests of the oracle, written for this purpose: a loop over tokens, forward and backward, in which
-single mistakes can be planted, and a chunked form. None of it shares code with deltanet_ref.ops or the catalogue."""
+"""Kernels for the tests of the oracle: a loop over tokens, forward and backward, into which single mistakes can be
+planted, and a chunked form. They share no code with deltanet_ref.ops or the mutants."""
 import numpy as np
 
 
 def loop_forward(q, k, v, *, g, beta, S0, scale, cu_seqlens=None, mistake=None, states=None):
-    """One step per token, all rows and heads at once; packed sequences one after the other."""
+    """One step per token, for all rows and heads at once; packed sequences one after the other."""
     if cu_seqlens is not None:
         parts = [loop_forward(*(x[:, a:b] for x in (q, k, v)), g=g[:, a:b], beta=beta[:, a:b], S0=S0[n:n + 1],
                               scale=scale, mistake=mistake) for n, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:]))]
@@ -85,14 +85,14 @@ def loop_backward(q, k, v, *, g, beta, S0, scale, do, dS_end, mistake=None):
 
 
 def expand(x, v, mistake=None):
-    """(B, L, H_k, d) to H_v heads."""
+    """Repeat key heads: (B, L, H_k, d) -> (B, L, H_v, d)."""
     H_k, H_v = x.shape[2], v.shape[2]
     heads = np.arange(H_v) % H_k if mistake == "heads modulo" else np.arange(H_v) // (H_v // H_k)
     return x[:, :, heads]
 
 
 def chunked_forward(q, k, v, *, g, beta, S0, scale, chunk=32, matrix=lambda x: x, mistake=None):
-    """Chunks by solving (I + A) X = right-hand sides; `matrix` rounds the operands of every product."""
+    """The chunked form, with intermediates; `matrix` is applied to both operands of every product."""
     q, k = expand(q, v), expand(k, v)
     o, S = np.zeros_like(v), S0.copy()
     names = ("gc", "A", "T", "U", "W", "V_new", "S")

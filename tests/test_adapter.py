@@ -1,4 +1,4 @@
-"""LoRA adapters: PEFT and GGUF carry the same factors and the same update, and bad files are refused."""
+"""LoRA adapters: PEFT and GGUF files hold the same factors and the same update; bad files are refused."""
 import json
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ ADAPTER = {"general.architecture": "qwen35", "general.type": "adapter", "adapter
 
 
 def fixture_model(name, dtype="float32"):
-    """What an adapter needs of a model: its config and dtype."""
+    """The parts of a model that an adapter needs: config and dtype."""
     config = Config.from_hf(json.loads((FIXTURES / name / "hf" / "config.json").read_text()))
     return SimpleNamespace(config=config, dtype=np.dtype(dtype))
 
@@ -45,7 +45,7 @@ def same(ours, other):
 
 
 def edit_peft(source, target, weights=None, **changes):
-    """A copy of a PEFT directory with other weights or settings."""
+    """Copies a PEFT directory, with other weights or settings."""
     target.mkdir()
     settings = json.loads((source / "adapter_config.json").read_text())
     (target / "adapter_config.json").write_text(json.dumps(settings | changes))
@@ -67,7 +67,7 @@ def test_a_peft_directory_becomes_the_file_of_the_official_converter(name, dtype
 
 @pytest.mark.parametrize("H_k, ratio", [(4, 1), (3, 2), (2, 3)])
 def test_permuted_factors_are_the_permuted_update(H_k, ratio):
-    """Factors of small integers: every product is exact, and the comparison with the dense update bit for bit."""
+    """With factors of small integers every product is exact, so the dense updates are compared bit for bit."""
     model = small_model(H_k=H_k, ratio=ratio)
     adapter, rng = new_adapter(model, rank=3), np.random.default_rng(1)
     grouped = {name: rng.integers(-9, 10, x.shape).astype(np.float32) for name, x in adapter.tensors.items()}
@@ -218,7 +218,8 @@ def test_targets_go_by_gguf_and_by_hf_names(names, expected):
 
 
 @pytest.mark.parametrize("options, match", [
-    ({"targets": ["q_proj", "c_attn", "ssm_conv1d"]}, r"\['c_attn', 'ssm_conv1d'\] are unknown.*attn_qkv.*in_proj"),
+    ({"targets": ["q_proj", "c_attn", "ssm_conv1d"]},
+     r"unknown LoRA targets \['c_attn', 'ssm_conv1d'\]: .*attn_qkv.*in_proj"),
     ({"targets": []}, "empty"), ({"rank": 0}, "rank is 0"), ({"rank": 2.5}, "rank is 2.5"),
     ({"alpha": 0}, "alpha is 0"),
 ])
@@ -254,11 +255,22 @@ def test_gguf_files_that_are_no_adapter_of_this_model_are_refused(metadata, matc
         load_adapter(tmp_path / "a.gguf", small_model())
 
 
+@pytest.mark.parametrize("metadata", [
+    {"general.type": "m" * 10 ** 6}, {"adapter.lora.alpha": "4" * 10 ** 6},
+    {"adapter.lora.task_name": ["t" * 10 ** 6]}, {"adapter.alora.invocation_tokens": ["t" * 10 ** 6]}])
+def test_a_long_value_of_a_file_is_not_repeated_in_full(metadata, tmp_path):
+    adapter = random_adapter(small_model(), rank=2)
+    write_gguf(tmp_path / "a.gguf", ADAPTER | {"adapter.lora.alpha": 4.0} | metadata, adapter.tensors)
+    with pytest.raises(InputError) as error:
+        load_adapter(tmp_path / "a.gguf", small_model())
+    assert len(str(error.value)) < 600
+
+
 def test_an_adapter_that_would_do_nothing_is_refused_with_the_likely_cause(tmp_path):
     source = FIXTURES / "eq" / "lora"
     weights = load_file(source / "adapter_model.safetensors")
     weights = {key.replace("model.layers", "transformer.h"): x for key, x in weights.items()}
-    with pytest.raises(InputError, match=r"would do nothing.*transformer.h.*another model, or under other names"):
+    with pytest.raises(InputError, match=r"would do nothing.*transformer.h.*another model, or uses other names"):
         load_adapter(edit_peft(source, tmp_path / "other", weights), fixture_model("eq"))
     write_gguf(tmp_path / "empty.gguf", ADAPTER, {})
     with pytest.raises(InputError, match="no LoRA factors"):
@@ -284,7 +296,7 @@ def test_embedding_and_convolution_factors_are_listed_as_unusable(tmp_path):
     extra = ["base_model.model.model.embed_tokens.lora_embedding_A", "base_model.model.lm_head.lora_A.weight",
              "base_model.model.model.layers.0.linear_attn.conv1d.lora_B.weight"]
     weights |= {key: np.ones((2, 2), np.float32) for key in extra}
-    with pytest.raises(InputError, match="3 beyond scale B A on this model's linear layers") as error:
+    with pytest.raises(InputError, match="3 other than LoRA factors of this model's linear layers") as error:
         load_adapter(edit_peft(source, tmp_path / "peft", weights), fixture_model("eq"))
     for key in extra:
         assert key in str(error.value)

@@ -250,7 +250,10 @@ def test_delta_rule_equals_the_recurrence(data):
     (dict(B=2, L=130, H_k=3, H_v=3, d_k=128, d_v=64), {})])
 @pytest.mark.parametrize("decay", [0.1, 1, 20])
 def test_delta_rule_in_float32_loses_no_more_than_rounding_its_arguments_would(sizes, options, decay):
-    """Noise floor as for ops: arguments moved within half a unit, worst of four. Measured: 1.9 floors at most, dg 3.0."""
+    """Noise floor as for ops: arguments moved within half a unit, worst of four.
+
+    Measured with OpenBLAS's kernels Prescott to SkylakeX: at most 2.7 floors (dS0), dg 2.1; ops 2.1 for both.
+    """
     q, k, v, gates, do, dS_end = delta_rule_arguments(15, **sizes, decay=decay)
     arrays = as_type(np.float32, q, k, v, *gates.values(), do, dS_end)
 
@@ -266,7 +269,8 @@ def test_delta_rule_in_float32_loses_no_more_than_rounding_its_arguments_would(s
         for name, x in definition(*arranged(moved), **options).items():
             floor[name] = max(floor[name], half_ulp * np.linalg.norm(x) + np.linalg.norm(x - exact[name]))
     ratio = {name: np.linalg.norm(got[name] - exact[name]) / floor[name] for name in DELTA_OUTPUTS}
-    assert all(r < (6 if name == "dg" else 4) for name, r in ratio.items()), ratio
+    for name in DELTA_OUTPUTS:
+        assert ratio[name] < 4, f"{name} is {ratio[name]:.2f} noise floors from the recurrence in float64"
 
 
 def test_log_decay_gradient_keeps_its_digits_under_strong_decay():
@@ -398,7 +402,8 @@ def test_the_blas_of_the_kernels_has_one_thread_and_that_of_numpy_keeps_its_own(
     libraries = ThreadpoolController().lib_controllers
     found = {Path(library.filepath).parent.name: library.num_threads for library in libraries}
     assert found["scipy.libs"] == 1
-    assert found["numpy.libs"] == len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
+    assert found["numpy.libs"] == min(cores, int(os.environ.get("OPENBLAS_NUM_THREADS", cores)))
 
 
 # ---- arguments that do not fit

@@ -1,4 +1,6 @@
-"""Token by token: the delta layer's one kernel, what is sampled, the room behind a KV cache."""
+"""Token by token: the delta layer's fused kernel, sampling, the end of a continuation, the buffer of a KV cache."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -7,8 +9,9 @@ import deltanet_ref as dr
 from deltanet_ref import ops
 from deltanet_ref.backends import numba_cpu as nb
 from deltanet_ref.errors import InputError
-from deltanet_ref.model.gated_attention import AttentionState
 from deltanet_ref.model.generate import sample
+from deltanet_ref.model.layers.gated_attention import AttentionState
+from deltanet_ref.model.qwen35 import PREFILL_TOKENS
 from tests.paths import FIXTURES
 from tests.test_ops_backward import BOTH
 from tests.tolerances import assert_identical, assert_within_floors, noise_floors
@@ -88,27 +91,79 @@ def keys_values(rng, L):
 def test_a_cache_that_grows_token_by_token_is_the_concatenation_and_is_seldom_copied():
     rng = np.random.default_rng(0)
     pieces = [keys_values(rng, L) for L in (7, *[1] * 200, 90, 1)]
-    state, rooms = AttentionState(*pieces[0]), set()
+    state, buffers = AttentionState(*pieces[0]), set()
     for i, piece in enumerate(pieces[1:], 2):
-        state = state.append(*piece)
-        rooms.add(id(state.room))
+        state = state.append(*piece, np)
+        buffers.add(id(state.buffer))
         for found, expected in zip(state, np.concatenate(pieces[:i], 2), strict=True):
             assert_identical("keys and values", found, expected)
-    assert len(rooms) <= 4                         # 72, then a quarter more than what was needed and 64, each time
+    assert len(buffers) <= 4                       # 72, then a quarter more than what was needed and 64, each time
 
 
 def test_a_cache_that_is_continued_twice_gives_each_continuation_its_own():
     rng = np.random.default_rng(1)
-    start = AttentionState(*keys_values(rng, 4)).append(*keys_values(rng, 2))
+    start = AttentionState(*keys_values(rng, 4)).append(*keys_values(rng, 2), np)
     before = [x.copy() for x in start]
     more = [keys_values(rng, n) for n in (1, 3, 2)]
-    states = [start.append(*m) for m in more]
+    states = [start.append(*m, np) for m in more]
     for state, (k, v) in zip(states, more):
         assert_identical("k", state.k, np.concatenate([before[0], k], 1))
         assert_identical("v", state.v, np.concatenate([before[1], v], 1))
     for x, y in zip(start, before, strict=True):
         assert_identical("what was continued", x, y)
-    assert states[0].room is start.room and not np.shares_memory(states[1].k, states[2].k)
+    assert states[0].buffer is start.buffer and not np.shares_memory(states[1].k, states[2].k)
+
+
+PASSES = 2 * PREFILL_TOKENS - 30        # tokens of a prompt that is read in two passes
+
+
+def model_of_context(context):
+    model = dr.load_model(FIXTURES / "eq" / "eq-f32.gguf", backend="numpy")
+    model.config = replace(model.config, max_position_embeddings=context)
+    return model
+
+
+def test_a_long_prompt_is_read_in_passes_that_are_reported_and_change_nothing():
+    model, done = model_of_context(2 * PASSES), []
+    prompt = np.random.default_rng(2).integers(0, 400, PASSES).tolist()
+    pieces = dr.generate(model, prompt, max_tokens=3, temperature=0, return_ids=True,
+                         on_prefill=lambda *progress: done.append(progress))
+    assert not done and pieces.finish_reason is None                # nothing is computed before it is asked for
+    tokens = list(pieces)
+    assert done == [(PREFILL_TOKENS, PASSES), (PASSES, PASSES)]
+    logits, state = model.prefill(prompt)
+    for token in tokens:
+        assert token == np.argmax(logits)
+        logits, state = model.step(token, state)
+    assert (pieces.ids, pieces.prompt_tokens, pieces.finish_reason) == (tokens, PASSES, "length")
+
+
+@pytest.mark.parametrize("room, max_tokens, reason", [(1, 9, "context"), (4, 9, "context"), (4, 4, "length")])
+def test_prompt_and_continuation_fill_the_context_and_no_more(room, max_tokens, reason):
+    model = model_of_context(5 + room)
+    pieces = dr.generate(model, [5, 17, 3, 99, 204], max_tokens=max_tokens, temperature=50.0, top_k=0, top_p=1, seed=1)
+    "".join(pieces)
+    assert (len(pieces.ids), pieces.finish_reason) == (min(room, max_tokens), reason)
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused_before_anything_is_computed():
+    for length in (5, 6):
+        with pytest.raises(InputError, match=f"the prompt has {length} tokens and leaves no room .* context of 5"):
+            dr.generate(model_of_context(5), [1] * length, return_ids=True)
+
+
+def test_the_end_of_turn_token_ends_a_continuation(monkeypatch):
+    model = model_of_context(99)
+    (end, *_) = model.tokenizer.eos_ids
+    monkeypatch.setattr("deltanet_ref.model.generate.sample", lambda logits, **options: end)
+    pieces = dr.generate(model, "alpha")
+    assert ("".join(pieces), pieces.ids, pieces.finish_reason) == ("", [end], "stop")
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}])
+def test_sampling_options_out_of_range_are_refused(options):
+    with pytest.raises(InputError, match="`max_tokens` .* must be at least 1"):
+        dr.generate(model_of_context(99), "alpha", **options)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])

@@ -1,4 +1,4 @@
-"""formats/gguf.py and files.py against the gguf package's reader, llama.cpp's converted files, and damaged files."""
+"""formats/gguf.py and files.py against the gguf package and llama.cpp's converted files, and with damaged files."""
 import gzip
 import os
 import signal
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from deltanet_ref.errors import InputError
+from deltanet_ref.formats import gguf as gguf_module
 from deltanet_ref.formats.files import atomic_write, ensure_writable
 from deltanet_ref.formats.gguf import StringArray, read_gguf, write_gguf
-from tests.counting import count_calls
 from tests.paths import FIXTURES
 
 FILES = ["eq/eq-f32.gguf", "eq/lora.gguf", "grouped/grouped-f16.gguf", "quant/quant-Q4_K_M.gguf",
@@ -24,7 +24,7 @@ F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
 
 
 def plain(value):
-    """A metadata value as Python objects, comparable with what the gguf package's reader returns."""
+    """A metadata value as Python objects, as the gguf package's reader returns it."""
     if isinstance(value, StringArray):
         return list(value)
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
@@ -185,8 +185,8 @@ DAMAGED = {
     "dimensions overflow to a small product": (file(tensors=[tensor(dimensions=(2 ** 63, 2, 3))]), "ends at byte"),
     "data past the end": (file(tensors=[tensor(dimensions=(17,))]), "ends at byte"),
     "offset past the end": (file(tensors=[tensor(offset=2 ** 63)]), "offset"),
-    "offset unaligned": (file(tensors=[tensor("a"), tensor("b", offset=12)]), "offset 12, 32 comes next"),
-    "ranges overlap": (file(tensors=[tensor("a"), tensor("b")]), "offset 0, 32 comes next"),
+    "offset unaligned": (file(tensors=[tensor("a"), tensor("b", offset=12)]), "offset 12, expected 32"),
+    "ranges overlap": (file(tensors=[tensor("a"), tensor("b")]), "offset 0, expected 32"),
     "unknown tensor type": (file(tensors=[tensor(kind=4)]), "'t' has the unknown type 4"),
     "rows are not whole blocks": (file(tensors=[tensor(dimensions=(33,), kind=Q8_0)]), "blocks of 32"),
 }
@@ -199,6 +199,25 @@ def test_damaged_file_is_one_clear_line(case, tmp_path):
     with pytest.raises(InputError) as e:
         read_gguf(tmp_path / "bad.gguf")
     assert str(e.value).startswith(f"{tmp_path / 'bad.gguf'}: ") and reason in str(e.value) and "\n" not in str(e.value)
+
+
+LONG = "x" * 10 ** 6
+LONG_VALUES = {
+    "key twice": file([key(LONG), key(LONG)]), "key of unknown type": file([key(LONG, 13)]),
+    "alignment": file([key("general.alignment", STRING, string(LONG))]),
+    "split count": file([key("split.count", STRING, string(LONG))]),
+    "tensor twice": file(tensors=[tensor(LONG), tensor(LONG, offset=32)]),
+    "tensor of unknown type": file(tensors=[tensor(LONG, kind=4)]),
+    "tensor past the end": file(tensors=[tensor(LONG, dimensions=(999,))]),
+}
+
+
+@pytest.mark.parametrize("case", LONG_VALUES)
+def test_a_long_value_of_a_file_is_not_repeated_in_full(case, tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(LONG_VALUES[case])
+    with pytest.raises(InputError) as e:
+        read_gguf(tmp_path / "bad.gguf")
+    assert len(str(e.value)) < 600
 
 
 def test_the_builder_of_damaged_files_makes_a_good_one(tmp_path):
@@ -269,19 +288,22 @@ def test_counts_allocate_nothing_before_they_are_checked(tmp_path):
         tracemalloc.stop()
 
 
-def test_header_of_the_real_vocabulary_is_read_without_decoding_its_strings(tmp_path):
-    """248,320 tokens and 247,556 merges: two calls find the length and place of each, and 8 bytes keep it; the limits
-    are twice that. A decoded str alone takes 49 bytes."""
+def test_the_strings_of_the_real_vocabulary_are_not_decoded_with_the_header(tmp_path, monkeypatch):
+    """495,876 tokens and merges. Reading the header decodes the keys and the strings outside arrays, and takes memory
+    for one 8-byte position per array element: twice that while the list grows, and 1 MiB for all else. The strings
+    themselves would take 25 MB."""
     path = tmp_path / "vocabulary.gguf"
     path.write_bytes(gzip.decompress((FIXTURES / "realvocab.gguf.gz").read_bytes()))
-    metadata = read_gguf(path).metadata
-    assert (len(metadata["tokenizer.ggml.tokens"]), len(metadata["tokenizer.ggml.merges"])) == (248320, 247556)
-    strings = 248320 + 247556
-    assert count_calls(read_gguf, path) < 4 * strings
+    decoded, string = [], gguf_module._Header.string
+    monkeypatch.setattr(gguf_module._Header, "string", lambda header: decoded.append(string(header)) or decoded[-1])
+    monkeypatch.setattr(StringArray, "_decoded", lambda self, starts, ends: pytest.fail("an array was decoded"))
     tracemalloc.start()
-    read_gguf(path)
-    assert tracemalloc.get_traced_memory()[1] < 16 * strings
+    metadata = read_gguf(path).metadata
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    n = len(metadata["tokenizer.ggml.tokens"]) + len(metadata["tokenizer.ggml.merges"])
+    assert n == 248320 + 247556 and peak < 2 * 8 * n + (1 << 20)
+    assert decoded == [text for key, value in metadata.items() for text in (key, value) if isinstance(text, str)]
 
 
 # --- atomic writing --------------------------------------------------------------------------------------------------

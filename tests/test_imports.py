@@ -13,18 +13,19 @@ PACKAGE = Path(deltanet_ref.__file__).parent
 # A layer may import itself and the layers after the colon, directly or through others; nothing else of the package.
 LAYERS = {
     "errors": set(),
+    "version": set(),
     "notation": {"errors"},
     "formats": {"errors"},
     "ops": {"notation", "errors"},
     "backends": {"ops", "formats", "notation", "errors"},
     "model": {"ops", "formats", "notation", "errors"},
     "lora": {"model", "ops", "formats", "notation", "errors"},
-    "oracle": {"lora", "model", "ops", "formats", "notation", "errors"},       # not backends: the judge and the judged
+    "oracle": {"version", "lora", "model", "ops", "formats", "notation", "errors"},       # not backends: the judge and the judged
     "train": {"backends", "lora", "model", "ops", "formats", "notation", "errors"},
-    "": {"backends", "train", "lora", "model", "ops", "formats", "notation", "errors"},        # deltanet_ref/__init__.py
-    "demo": {"", "backends", "train", "lora", "model", "ops", "formats", "notation", "errors"},
-    "cli": {"", "demo", "oracle", "backends", "train", "lora", "model", "ops", "formats", "notation", "errors"},
-    "__main__": {"cli", "", "demo", "oracle", "backends", "train", "lora", "model", "ops", "formats", "notation",
+    "": {"version", "backends", "train", "lora", "model", "ops", "formats", "notation", "errors"},        # deltanet_ref/__init__.py
+    "demo": {"version", "", "backends", "train", "lora", "model", "ops", "formats", "notation", "errors"},
+    "cli": {"version", "", "demo", "oracle", "backends", "train", "lora", "model", "ops", "formats", "notation", "errors"},
+    "__main__": {"version", "cli", "", "demo", "oracle", "backends", "train", "lora", "model", "ops", "formats", "notation",
                  "errors"},
 }
 

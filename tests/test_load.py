@@ -7,6 +7,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type, GGUFReader, dequantize
 from safetensors.numpy import load_file, save_file
 
+from deltanet_ref import ops
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
@@ -74,7 +75,7 @@ def tile(x, H_k, ratio, size, start=0):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_an_hf_directory_becomes_the_file_of_the_official_converter(model):
-    _, ours, notes = weights_from_hf(FIXTURES / model / "hf", "float32")
+    _, ours, notes = weights_from_hf(FIXTURES / model / "hf", "float32", ops)
     official = {t.name: t.data for t in GGUFReader(FIXTURES / model / f"{model}-f32.gguf").tensors}
     assert notes == [] and set(ours) == set(official)
     for name, want in official.items():
@@ -88,7 +89,7 @@ def test_an_hf_directory_becomes_the_file_of_the_official_converter(model):
 def test_hf_tensors_are_transformed_as_defined(H_k, ratio, tmp_path):
     config = small_config(H_k, ratio)
     hf = random_hf_tensors(config)
-    loaded, weights, _ = weights_from_hf(write_hf(tmp_path / "hf", config, hf), "float64")
+    loaded, weights, _ = weights_from_hf(write_hf(tmp_path / "hf", config, hf), "float64", ops)
     assert loaded.linear_num_value_heads == H_k * ratio
     wide = {name: x.astype(np.float64) for name, x in hf.items()}
     delta, attention = "model.layers.3.linear_attn.", "model.layers.2."
@@ -130,7 +131,7 @@ def test_float32_tensors_are_the_file_itself_and_the_order_is_the_networks(tmp_p
     config = small_config()
     tensors = random_tensors(config)
     file = write_model(tmp_path / "m.gguf", config, dict(reversed(tensors.items())))
-    loaded, weights, notes = weights_from_gguf(file, "float32")
+    loaded, weights, notes = weights_from_gguf(file, "float32", ops)
     assert loaded == config and notes == []
     assert list(weights) == list(tensors)
     assert list(weights)[:3] == ["token_embd.weight", "blk.0.attn_norm.weight", "blk.0.attn_qkv.weight"]
@@ -138,7 +139,7 @@ def test_float32_tensors_are_the_file_itself_and_the_order_is_the_networks(tmp_p
     for name, want in tensors.items():
         np.testing.assert_array_equal(weights[name], want)
         assert np.shares_memory(weights[name], file.tensors[name].raw)
-    _, wide, _ = weights_from_gguf(file, "float64")
+    _, wide, _ = weights_from_gguf(file, "float64", ops)
     assert wide["blk.0.attn_qkv.weight"].dtype == np.float64
     np.testing.assert_array_equal(wide["blk.0.attn_qkv.weight"], tensors["blk.0.attn_qkv.weight"])
 
@@ -146,7 +147,7 @@ def test_float32_tensors_are_the_file_itself_and_the_order_is_the_networks(tmp_p
 @pytest.mark.parametrize("name", ["quant-Q4_K_M.gguf", "quant-q8_0.gguf"])
 def test_quantised_tensors_stay_quantised_until_used(name):
     file = read_gguf(FIXTURES / "quant" / name)
-    _, weights, _ = weights_from_gguf(file, "float64")
+    _, weights, _ = weights_from_gguf(file, "float64", ops)
     reference = {t.name: t for t in GGUFReader(FIXTURES / "quant" / name).tensors}
     quantised = [n for n in weights if weights.stored_type(n) != Type.F32]
     assert {"token_embd.weight", "blk.0.attn_qkv.weight", "blk.0.ssm_alpha.weight"} <= set(quantised)
@@ -158,7 +159,7 @@ def test_quantised_tensors_stay_quantised_until_used(name):
 
 
 def test_rows_decodes_only_the_rows_asked_for(monkeypatch):
-    _, weights, _ = weights_from_gguf(read_gguf(FIXTURES / "quant" / "quant-Q4_K_M.gguf"), "float32")
+    _, weights, _ = weights_from_gguf(read_gguf(FIXTURES / "quant" / "quant-Q4_K_M.gguf"), "float32", ops)
     whole, decoded, real = weights["token_embd.weight"], [], quants.dequantize
 
     def watched(raw, type, shape, dtype):
@@ -173,7 +174,7 @@ def test_rows_decodes_only_the_rows_asked_for(monkeypatch):
 
 def test_a_tensor_can_be_replaced_by_one_that_fits(tmp_path):
     config = small_config()
-    _, weights, _ = weights_from_gguf(write_model(tmp_path / "m.gguf", config, random_tensors(config)), "float32")
+    _, weights, _ = weights_from_gguf(write_model(tmp_path / "m.gguf", config, random_tensors(config)), "float32", ops)
     new = np.arange(20.0)
     weights["blk.1.attn_norm.weight"] = new
     np.testing.assert_array_equal(weights["blk.1.attn_norm.weight"], new)
@@ -190,18 +191,18 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together(tmp_path):
     tensors["rope_freqs.weight"] = np.zeros(2, np.float32)
     tensors["blk.1.ffn_up.weight"] = tensors["blk.1.ffn_up.weight"].T.copy()
     with pytest.raises(InputError) as error:
-        weights_from_gguf(write_model(tmp_path / "m.gguf", config, tensors), "float32")
+        weights_from_gguf(write_model(tmp_path / "m.gguf", config, tensors), "float32", ops)
     text = str(error.value)
     assert "2 missing: blk.0.ssm_norm.weight, output_norm.weight" in text
     assert "2 unexpected: blk.4.attn_q.weight, rope_freqs.weight" in text
-    assert "1 misshapen" in text and "blk.1.ffn_up.weight is (20, 28), not (28, 20)" in text and "\n" not in text
+    assert "1 with the wrong shape" in text and "blk.1.ffn_up.weight is (20, 28), not (28, 20)" in text and "\n" not in text
 
 
 def test_a_long_list_is_cut_and_counted(tmp_path):
     config = small_config()
     tensors = {name: x for name, x in random_tensors(config).items() if not name.startswith("blk.0.")}
     with pytest.raises(InputError, match=r"14 missing: blk.0.attn_norm.weight, .* and 6 more"):
-        weights_from_gguf(write_model(tmp_path / "m.gguf", config, tensors), "float32")
+        weights_from_gguf(write_model(tmp_path / "m.gguf", config, tensors), "float32", ops)
 
 
 def test_prediction_blocks_and_vision_are_skipped_with_a_note(tmp_path):
@@ -211,7 +212,7 @@ def test_prediction_blocks_and_vision_are_skipped_with_a_note(tmp_path):
         "mm.0.weight")}
     counts = {"qwen35.block_count": np.uint32(6), "qwen35.nextn_predict_layers": np.uint32(1)}
     file = write_model(tmp_path / "m.gguf", config, random_tensors(config) | extra, **counts)
-    loaded, weights, notes = weights_from_gguf(file, "float32")
+    loaded, weights, notes = weights_from_gguf(file, "float32", ops)
     assert loaded == config and len(weights) == len(expected_tensors(config))
     assert sorted(note.split(" tensors")[0] for note in notes) == ["2 vision", "3 multi-token prediction"]
 
@@ -220,12 +221,12 @@ def test_a_block_beyond_the_last_is_not_taken_for_a_prediction_block(tmp_path):
     config = small_config()
     tensors = random_tensors(config) | {"blk.5.ffn_up.weight": np.ones((28, 20), np.float32)}
     with pytest.raises(InputError, match="1 unexpected: blk.5.ffn_up.weight"):
-        weights_from_gguf(write_model(tmp_path / "m.gguf", config, tensors), "float32")
+        weights_from_gguf(write_model(tmp_path / "m.gguf", config, tensors), "float32", ops)
 
 
 def test_embeddings_are_tied_when_there_is_no_output_tensor(tmp_path):
     config = small_config(tied=True, layer_types=(ATTENTION, DELTA))
-    loaded, weights, _ = weights_from_gguf(write_model(tmp_path / "m.gguf", config, random_tensors(config)), "float32")
+    loaded, weights, _ = weights_from_gguf(write_model(tmp_path / "m.gguf", config, random_tensors(config)), "float32", ops)
     assert loaded.tie_word_embeddings and "output.weight" not in weights
 
 
@@ -235,14 +236,14 @@ def test_files_that_are_no_model_are_refused_by_name(tmp_path):
     for path, metadata, some, match in [
             ("moe.gguf", {"general.architecture": "qwen35moe"}, tensors, "qwen35moe"),
             ("lora.gguf", {"general.type": "adapter"}, tensors, "adapter.*base model"),
-            ("vocabulary.gguf", {}, {}, "holds no tensors"),
+            ("vocabulary.gguf", {}, {}, "contains no tensors"),
             ("decay.gguf", {}, tensors | {"blk.3.ssm_a": -tensors["blk.3.ssm_a"]}, r"blk.3.ssm_a.*negative")]:
         with pytest.raises(InputError, match=f"{path}.*{match}"):
-            weights_from_gguf(write_model(tmp_path / path, config, some, **metadata), "float32")
-    with pytest.raises(InputError, match="GPU path"):
-        weights_from_gguf(read_gguf(tmp_path / "decay.gguf"), "bfloat16")
+            weights_from_gguf(write_model(tmp_path / path, config, some, **metadata), "float32", ops)
+    with pytest.raises(InputError, match="GPU backend"):
+        weights_from_gguf(read_gguf(tmp_path / "decay.gguf"), "bfloat16", ops)
     with pytest.raises(InputError, match="config.json"):
-        weights_from_hf(tmp_path, "float32")
+        weights_from_hf(tmp_path, "float32", ops)
 
 
 @pytest.mark.parametrize("prefix, head", [("model.language_model.", "lm_head."),
@@ -250,11 +251,11 @@ def test_files_that_are_no_model_are_refused_by_name(tmp_path):
 def test_the_text_part_of_a_multimodal_checkpoint_is_the_text_model(prefix, head, tmp_path):
     config = small_config()
     hf = random_hf_tensors(config)
-    _, want, _ = weights_from_hf(write_hf(tmp_path / "text", config, hf), "float32")
+    _, want, _ = weights_from_hf(write_hf(tmp_path / "text", config, hf), "float32", ops)
     more = hf | {"mtp.fc.weight": np.ones((2, 2), np.float32), "mtp.norm.weight": np.ones(2, np.float32),
                  "visual.patch_embed.weight": np.ones(3, np.float32)}
     more = {name.replace("lm_head.", head): x for name, x in more.items()}
-    _, weights, notes = weights_from_hf(write_hf(tmp_path / "mm", config, more, prefix, wrapped=True), "float32")
+    _, weights, notes = weights_from_hf(write_hf(tmp_path / "mm", config, more, prefix, wrapped=True), "float32", ops)
     assert sorted(note.split(" tensors")[0] for note in notes) == ["1 vision", "2 multi-token prediction"]
     for name in want:
         np.testing.assert_array_equal(weights[name], want[name])
@@ -266,10 +267,10 @@ def test_hf_embeddings_are_tied_only_when_the_head_is_absent_or_a_copy(tmp_path)
     copy, other = hf["model.embed_tokens.weight"], hf["model.embed_tokens.weight"] + 1
     for name, head, tied in (("absent", {}, True), ("copy", {"lm_head.weight": copy}, True),
                              ("other", {"lm_head.weight": other}, False)):
-        loaded, weights, _ = weights_from_hf(write_hf(tmp_path / name, config, hf | head), "float32")
+        loaded, weights, _ = weights_from_hf(write_hf(tmp_path / name, config, hf | head), "float32", ops)
         assert loaded.tie_word_embeddings == tied and ("output.weight" in weights) == (not tied)
     with pytest.raises(InputError, match="1 missing: lm_head.weight"):
-        weights_from_hf(write_hf(tmp_path / "untied", replace(config, tie_word_embeddings=False), hf), "float32")
+        weights_from_hf(write_hf(tmp_path / "untied", replace(config, tie_word_embeddings=False), hf), "float32", ops)
 
 
 def test_hf_problems_are_listed_under_hf_names(tmp_path):
@@ -279,7 +280,7 @@ def test_hf_problems_are_listed_under_hf_names(tmp_path):
     hf["model.layers.1.linear_attn.A_log"] = np.zeros(6, np.float32)
     hf["model.layers.3.linear_attn.conv1d.weight"] = hf["model.layers.3.linear_attn.conv1d.weight"][:, 0].copy()
     with pytest.raises(InputError) as error:
-        weights_from_hf(write_hf(tmp_path / "hf", config, hf), "float32")
+        weights_from_hf(write_hf(tmp_path / "hf", config, hf), "float32", ops)
     for part in ("1 missing: model.layers.0.linear_attn.A_log", "1 unexpected: model.layers.1.linear_attn.A_log",
                  "model.layers.3.linear_attn.conv1d.weight is (62, 4), not (62, 1, 4)"):
         assert part in str(error.value)
@@ -289,7 +290,7 @@ def test_shards_are_one_model(tmp_path):
     config = small_config()
     hf = random_hf_tensors(config)
     directory = write_hf(tmp_path / "hf", config, hf)
-    _, want, _ = weights_from_hf(directory, "float32")
+    _, want, _ = weights_from_hf(directory, "float32", ops)
     names = sorted(load_file(directory / "model.safetensors"))
     shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
     for shard, held in shards.items():
@@ -297,6 +298,6 @@ def test_shards_are_one_model(tmp_path):
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors.index.json").write_text(json.dumps(
         {"weight_map": {name: shard for shard, held in shards.items() for name in held}}))
-    _, weights, _ = weights_from_hf(directory, "float32")
+    _, weights, _ = weights_from_hf(directory, "float32", ops)
     for name in want:
         np.testing.assert_array_equal(weights[name], want[name])

@@ -1,4 +1,4 @@
-"""--exec and --results: programs in any language and files from anywhere, good ones and broken ones."""
+"""check --exec and --results: programs in any language and files computed elsewhere, correct and broken."""
 import json
 import shutil
 import subprocess
@@ -30,7 +30,7 @@ def check(capsys, *words):
 
 @pytest.fixture(scope="module")
 def c_program(tmp_path_factory):
-    """The example of the README, compiled as it says, with every warning an error."""
+    """The C example, compiled as the README says, with every warning an error."""
     program = tmp_path_factory.mktemp("c") / "delta_rule"
     subprocess.run([shutil.which("cc") or "gcc", "-std=c99", "-Wall", "-Wextra", "-Werror", "-O2", "-o", program,
                     EXAMPLES / "delta_rule.c", "-lm"], check=True)
@@ -44,7 +44,7 @@ def test_the_c_example_passes_every_case_forward_and_backward(capsys, c_program)
 
 
 def test_a_mistake_in_the_c_example_is_found(capsys, tmp_path):
-    """Each edit of its source is one wrong line; the case and stage where it must show first."""
+    """Each edit makes one line of its source wrong, and names the output that must be reported first."""
     source = (EXAMPLES / "delta_rule.c").read_text()
     for right, wrong, output in (("error[j] -= k[i] * S[i * s.dv + j];",
                                   "error[j] -= k[i] * S[i * s.dv + j] / decay;", "o"),
@@ -61,7 +61,7 @@ def test_a_mistake_in_the_c_example_is_found(capsys, tmp_path):
 
 
 def program(tmp_path, body, files="from deltanet_ref.oracle.exchange import read_answers, write_case"):
-    """A Python program that answers a case; `body` may spoil the arrays in `y` or do worse."""
+    """The command of a Python program that answers a case; `body` may change the answers `y`, or fail."""
     path = tmp_path / "program.py"
     path.write_text(textwrap.dedent("""
         import os, sys, time
@@ -89,7 +89,7 @@ def test_programs_read_and_write_every_format(capsys, tmp_path, format):
     assert status == 0 and report["summary"]["passed"] == 3 and report["summary"]["gradients"]
 
 
-def test_a_broken_program_is_a_verdict_for_its_case_and_the_others_go_on(capsys, tmp_path):
+def test_a_broken_program_fails_only_its_own_case(capsys, tmp_path):
     plain_numpy = "read_answers, write_case = lambda path: dict(np.load(path)), lambda path, y: np.savez(path, **y)"
     command = program(tmp_path, """
         if L == 15: sys.exit("out of registers")
@@ -154,7 +154,7 @@ def test_results_from_files_pass(capsys, results):
     assert status == 0 and report["summary"]["passed"] == 6
 
 
-def test_missing_and_wrong_results_are_told_apart(capsys, results):
+def test_missing_and_wrong_results_have_different_statuses(capsys, results):
     (results / "delta/ragged-15.npz").unlink()
     write_case(results / "delta/ragged-16.npz", answers(CASES["delta/ragged-17"]))
     write_case(results / "delta/ragged-17.npz", answers(CASES["delta/ragged-17"], "tail of 16 not written"))
@@ -178,7 +178,7 @@ def test_a_directory_without_any_result_is_bad_usage(capsys, tmp_path):
 # ---- exported vectors
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_exported_cases_hold_the_inputs_and_the_answers(capsys, tmp_path, format):
+def test_exported_cases_hold_the_inputs_and_the_expected_values(capsys, tmp_path, format):
     assert main(["vectors", "--out", str(tmp_path), "--format", format, "--cases", "delta/grouped-heads", "conv"]) == 0
     capsys.readouterr()
     case = CASES["delta/grouped-heads"]

@@ -1,5 +1,5 @@
-"""The committed vectors: what they are, that the generator gives them again, and that they are right, by complex step,
-by 50-digit arithmetic and by pencil and paper."""
+"""The committed vectors: their form, that they are reproducible, and that their values are right: by complex step, by
+50-digit arithmetic and by hand."""
 import hashlib
 import json
 
@@ -8,25 +8,25 @@ import mpmath
 import numpy as np
 import pytest
 
-from deltanet_ref.oracle import generate
+from deltanet_ref.formats.safetensors import read_safetensors
 from deltanet_ref.oracle.cases import CASES, GROUPS, bfloat16, float32, make_inputs
 from deltanet_ref.oracle.catalogue import CATALOGUE
 from deltanet_ref.oracle.chunk_by_chunk import BACKWARD, FORWARD
 from deltanet_ref.oracle.derivative import complex_step_gradient
 from deltanet_ref.oracle.expected import VECTORS, expected
 from deltanet_ref.oracle.flags import FLAGS
+from deltanet_ref.oracle.make_vectors import verify_vectors, write_vectors
 from deltanet_ref.oracle.noise import relative_error
 from deltanet_ref.oracle.operators import OPERATORS, in_dtype
-from deltanet_ref.formats.safetensors import read_safetensors
 from tests.oracle_kernels import expand
 
 METADATA = {group: json.loads((VECTORS / f"{group}.json").read_text()) for group in GROUPS}
 
 
-# ---- what they are
+# ---- form
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_metadata_obeys_its_schema_and_describes_every_tensor(group):
+def test_metadata_is_valid_and_describes_every_tensor(group):
     jsonschema.Draft202012Validator(json.loads((VECTORS / "schema.json").read_text())).validate(METADATA[group])
     tensors = read_safetensors(VECTORS / METADATA[group]["file"])
     described = set()
@@ -45,7 +45,7 @@ def test_metadata_obeys_its_schema_and_describes_every_tensor(group):
     assert described == set(tensors)
 
 
-def test_schema_refuses_what_is_wrong():
+def test_the_schema_rejects_invalid_metadata():
     validator = jsonschema.Draft202012Validator(json.loads((VECTORS / "schema.json").read_text()))
     for break_it in (lambda m: m.pop("source"), lambda m: m["cases"][0]["tensors"]["x"].update(role="guess"),
                      lambda m: m["cases"][0].update(op="unknown"), lambda m: m["flags"]["plain"].pop("catches")):
@@ -54,24 +54,24 @@ def test_schema_refuses_what_is_wrong():
         assert not validator.is_valid(metadata)
 
 
-def test_the_kit_is_small_and_its_sums_are_right():
+def test_the_vectors_are_at_most_8_mb_and_their_sums_are_right():
     assert sum(path.stat().st_size for path in VECTORS.iterdir()) <= 8e6
     sums = dict(line.split()[::-1] for line in (VECTORS / "SHA256SUMS").read_text().splitlines())
     assert sums.keys() == {path.name for path in VECTORS.iterdir()} - {"SHA256SUMS", "schema.json"}
     assert all(hashlib.sha256((VECTORS / name).read_bytes()).hexdigest() == digest for name, digest in sums.items())
 
 
-def test_every_flag_is_documented_used_and_of_the_catalogue():
+def test_every_flag_is_documented_and_used_and_refers_to_the_catalogue():
     used = {flag for case in CASES.values() for flag in case.flags}
     assert used == FLAGS.keys()
     assert all(flag.catches and set(flag.bugs) <= CATALOGUE.keys() for flag in FLAGS.values())
-    asked = """hand-computable non-square grouped-heads tiled-heads ragged single-token initial-state final-state-loss
-        no-decay strong-decay mixed-decay beta-0 beta-1 beta-2 repeated-keys orthogonal-keys zero-keys tiny-keys padding
-        packed bf16-inputs long wide-state batch-rows""".split()
-    assert set(asked) <= used
+    required = """hand-computable non-square grouped-heads tiled-heads ragged single-token initial-state
+        final-state-loss no-decay strong-decay mixed-decay beta-0 beta-1 beta-2 repeated-keys orthogonal-keys
+        zero-keys tiny-keys padding packed bf16-inputs long wide-state batch-rows""".split()
+    assert set(required) <= used
 
 
-def test_lengths_around_every_power_of_two_are_there():
+def test_there_are_lengths_around_every_power_of_two():
     lengths = {case.sizes["L"] for case in CASES.values() if case.group == "delta"}
     assert {n + d for n in (16, 32, 64, 128) for d in (-1, 0, 1)} | {1, 2} <= lengths
     assert max(lengths) > 4096
@@ -96,16 +96,16 @@ def test_cases_have_the_properties_that_their_flags_claim():
             assert set(np.unique(x["k"])) == {0, 1}
 
 
-# ---- made again
+# ---- reproducible
 
-def test_the_generator_gives_the_vectors_again():
-    """On the machine that made them bit for bit, elsewhere within 1e-12 of the scale, which is what this accepts."""
-    assert generate.verify_vectors(VECTORS) == []
+def test_regenerated_vectors_equal_the_committed_ones():
+    """Bit for bit on the machine that made them; elsewhere within 1e-12 of the scale, which verify_vectors allows."""
+    assert verify_vectors(VECTORS) == []
 
 
-def test_files_made_twice_are_the_same_bytes(tmp_path):
+def test_files_written_twice_are_byte_identical(tmp_path):
     for run in ("first", "second"):
-        generate.write_vectors(tmp_path / run, ["packed", "step", "conv", "model"])
+        write_vectors(tmp_path / run, ["packed", "step", "conv", "model"])
     assert (tmp_path / "first" / "SHA256SUMS").read_text() == (tmp_path / "second" / "SHA256SUMS").read_text()
 
 
@@ -113,14 +113,14 @@ def test_verification_finds_one_changed_number(tmp_path):
     for path in VECTORS.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     data = bytearray((tmp_path / "conv.safetensors").read_bytes())
-    data[-5] ^= 16          # in the exponent of the last float32 but one
+    data[-5] ^= 16          # in the exponent of the last but one float32
     (tmp_path / "conv.safetensors").write_bytes(data)
-    wrong = generate.verify_vectors(tmp_path, ["conv"])
+    wrong = verify_vectors(tmp_path, ["conv"])
     assert len(wrong) == 2 and "sha256" in wrong[0] and "conv/" in wrong[1]
 
 
-def test_inputs_need_no_library_function_that_rounds_its_own_way():
-    """Nothing but raw bits, + - * / and sqrt: a change of these numbers is a change of the vectors."""
+def test_inputs_are_the_same_bits_on_every_machine():
+    """They use only raw bits, + - * / and sqrt, none of which depends on a library's rounding."""
     x = make_inputs(CASES["delta/plain"])
     digest = hashlib.sha256(b"".join(a.tobytes() for a in x.values() if isinstance(a, np.ndarray))).hexdigest()
     entry = next(case for case in METADATA["delta"]["cases"] if case["id"] == "delta/plain")
@@ -134,9 +134,9 @@ def test_bfloat16_rounds_to_nearest_ties_to_even():
     assert (bfloat16(x).view(np.uint32) & 0xFFFF == 0).all()
 
 
-# ---- right: by pencil and paper
+# ---- right values: by hand
 
-def test_the_hand_computable_case_is_what_the_readme_works_out():
+def test_the_hand_computable_case_equals_the_calculation_in_the_readme():
     y = expected(CASES["delta/hand"]).values
     np.testing.assert_array_equal(y["o"][0, :, 0], [[2, 4, -2], [3, 3.5, -1.5]])
     np.testing.assert_array_equal(y["S_end"][0, 0], [[2.5, 3.75, -1.75], [0.5, -0.25, 0.25]])
@@ -146,7 +146,7 @@ def test_the_hand_computable_case_is_what_the_readme_works_out():
     assert y["dg"][0, 1, 0] == 4.5 and y["dbeta"][0, 1, 0] == -2
 
 
-# ---- right: by complex step
+# ---- right values: by complex step
 
 SMALL = [case for case in CASES.values()
          if case.op != "qwen35" and case.sizes.get("L", 1) <= 23 and case.id not in ("delta/wide-heads",)]
@@ -154,10 +154,10 @@ SMALL = [case for case in CASES.values()
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
 def test_gradients_equal_the_complex_step_of_the_forward(case):
-    """Exact to rounding: 1e-12 of the scale. A gradient of thousands of elements is seen at 40 of them."""
+    """Exact up to rounding: 1e-12 of the scale, at 40 elements of each gradient."""
     op, right = OPERATORS[case.op], expected(case)
     x = in_dtype(make_inputs(case), np.float64) | {k: v for k, v in case.options.items() if k == "head_order"}
-    tolerance = 1e-12 if "delta" in case.op else 1e-11                    # elsewhere a scale is a row's own size
+    tolerance = 1e-12 if "delta" in case.op else 1e-11                    # elsewhere the scale is the row's own size
     rng = np.random.default_rng(case.seed)
     for gradient in op.gradients:
         name = gradient[1:]
@@ -182,7 +182,7 @@ with_intermediates = pytest.mark.parametrize(
 
 
 def chunked_loss(x, chunk, bump):
-    """The chunked form of notation.py in complex128, one named intermediate of one chunk moved by bump[name]."""
+    """The chunked form in complex128, with one named intermediate of chunk bump["chunk"] shifted by bump[name]."""
     q, k = expand(x["q"], x["v"]), expand(x["k"], x["v"])
     S, loss = x["S0"].astype(np.complex128), 0
 
@@ -210,10 +210,9 @@ def chunked_loss(x, chunk, bump):
 
 @with_intermediates
 def test_gradients_of_the_intermediates_equal_the_complex_step(case):
-    """Each named gradient at 4 places of the middle chunk, where it hears of the last chunk too."""
+    """Each named gradient at 4 elements of the middle chunk, where the last chunk contributes too."""
     x = in_dtype(make_inputs(case), np.float64)
     right, rng, n, C = expected(case), np.random.default_rng(7), 1, 64
-    B, H_v = x["v"].shape[0], x["v"].shape[2]
     for gradient in BACKWARD:
         name = gradient[1:]
         want = right.values[gradient][:, n] if name == "S" else right.values[gradient][:, C:2 * C].swapaxes(1, 2)
@@ -231,7 +230,7 @@ def test_gradients_of_the_intermediates_equal_the_complex_step(case):
 
 
 @with_intermediates
-def test_intermediates_obey_the_equations_that_define_them(case):
+def test_intermediates_satisfy_their_defining_equations(case):
     x, y = in_dtype(make_inputs(case), np.float64), expected(case).values
     k = expand(x["k"], x["v"])
     L = k.shape[1]
@@ -253,11 +252,11 @@ def test_intermediates_obey_the_equations_that_define_them(case):
     assert set(FORWARD) < y.keys()
 
 
-# ---- right: with 50 digits
+# ---- right values: in 50-digit arithmetic
 
 @pytest.mark.parametrize("name", ["hand", "one-token-state", "plain", "initial-state", "square-state", "scale-one"])
 def test_values_and_gradients_equal_50_digit_arithmetic(name):
-    """The recurrence in 50 digits; gradients by central differences of step 1e-15, right to 25 digits, at 6 places."""
+    """The recurrence in 50 digits; gradients at 6 elements by central differences of step 1e-15, exact to 25 digits."""
     case = CASES[f"delta/{name}"]
     x, right = in_dtype(make_inputs(case), np.float64), expected(case)
     rng = np.random.default_rng(3)
@@ -282,7 +281,7 @@ REAL = np.frompyfunc(mpmath.mpf, 1, 1)
 
 
 def exact_rule(x):
-    """o, S_end and the loss <o, do> + <S_end, dS_end> by the recurrence, in mpmath's numbers."""
+    """o, S_end and the loss <o, do> + <S_end, dS_end> by the recurrence, in mpmath arithmetic."""
     q, k, v, g, beta, S0, do, dS_end = (REAL(x[name]) for name in ("q", "k", "v", "g", "beta", "S0", "do", "dS_end"))
     q, k, scale = expand(q, v), expand(k, v), mpmath.mpf(x["scale"])
     o, S_end = np.zeros(v.shape, object), S0.copy()

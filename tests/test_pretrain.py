@@ -10,10 +10,11 @@ from deltanet_ref.model.config import Config
 from deltanet_ref.model.qwen35 import Qwen35
 from deltanet_ref.model.tensors import expected_tensors
 from deltanet_ref.ops.elementwise import softplus
+from deltanet_ref.train import pretrain as library
 from deltanet_ref.train.batches import Example, pack
 from deltanet_ref.train.initial import new_model
 from deltanet_ref.train.parallel import ParallelModel
-from deltanet_ref.train.pretrain import encode_documents, stream_batches, windows
+from deltanet_ref.train.pretrain import PretrainOptions, encode_documents, starting_model, stream_batches, windows
 from tests.paths import FIXTURES
 
 CONFIG = Config(vocab_size=53, hidden_size=24, intermediate_size=20, num_hidden_layers=4, num_attention_heads=4,
@@ -35,12 +36,12 @@ def random_batch(lengths=(9, 14, 5)):
 
 
 def parallel_model(threads=2, dropout=0.0):
-    return ParallelModel(Qwen35(CONFIG, new_model(CONFIG, 3, "float64"), backend=ops), threads, dropout, seed=7)
+    return ParallelModel(Qwen35(CONFIG, new_model(CONFIG, 3, ops, "float64")), threads, dropout, seed=7)
 
 
 def test_a_new_model_has_every_tensor_and_the_stated_distributions():
     config = Config(**vars(CONFIG) | {"hidden_size": 240, "linear_num_value_heads": 300, "vocab_size": 500})
-    weights = new_model(config, seed=1)
+    weights = new_model(config, 1, ops)
     assert {name: w.shape for name, w in weights.items()} == {n: s.shape for n, s in expected_tensors(config).items()}
     assert all(w.dtype == np.float32 for w in weights.values())
     decay, step = -weights["blk.0.ssm_a"], softplus(weights["blk.0.ssm_dt.bias"])
@@ -146,21 +147,53 @@ def test_pretrain_learns_a_text_and_writes_a_model_that_loads(tmp_path, capsys):
     assert "".join(dr.generate(model, "The fox said to", max_tokens=3, temperature=0)).startswith(" the")
 
 
+SIZES = dict(hidden=32, ffn=32, heads=2, kv_heads=1, head_dim=16, delta_key_heads=1, delta_value_heads=2,
+             delta_head_dim=16, batch_size=3, seq_len=24, warmup=2)
+
+
+def test_pretraining_from_python_is_silent_and_what_it_saves_is_the_trained_model(tmp_path, capsys):
+    tokenizer, saved = dr.load_tokenizer(TOKENIZER), []
+    options = PretrainOptions(steps=5, save_every=2, threads=1, **SIZES)
+    model = starting_model(options, tokenizer)
+    tokens = np.array([tokenizer.encode("The fox said to the hen")])
+    history = library.pretrain(model, TEXT, options, save=lambda: saved.append(model.logits(tokens)))
+    assert len(history.losses) == 5 and history.losses[-1] < history.losses[0] and len(saved) == 2
+    assert not np.array_equal(saved[0], saved[1]) and "".join(capsys.readouterr()) == ""
+    metadata = library.file_metadata(TOKENIZER, tokenizer, name="animals", license="")
+    library.write_model(tmp_path / "tiny.gguf", model, "f32", metadata)
+    np.testing.assert_array_equal(dr.load_model(tmp_path / "tiny.gguf").logits(tokens), model.logits(tokens))
+    about = read_gguf(tmp_path / "tiny.gguf").metadata
+    assert about["general.name"] == "animals" and "general.license" not in about
+
+
+@pytest.mark.parametrize("options, reason", [
+    ({}, "`steps` and `minutes` both set the length of the run: give one"),
+    ({"steps": 1, "minutes": 1.0}, "give one"), ({"steps": 1, "lr": float("inf")}, "`lr` is inf, it must be above 0"),
+    ({"steps": 1, "rotary": 2}, "`rotary` is 2, it must be above 0 and at most 1"),
+    ({"steps": 1, "seq_len": 99, "context": 64}, "`seq_len` is 99, more than `context` 64: lower it"),
+])
+def test_options_of_pretraining_have_python_names_in_python(options, reason):
+    with pytest.raises(dr.InputError, match=reason):
+        PretrainOptions(**options)
+
+
 def test_the_same_seed_gives_the_same_file_on_any_number_of_threads(tmp_path):
     files = []
     for threads in "1", "2":
-        assert pretrain(tmp_path, "--steps", "3", "--dropout", "0.2", "--threads", threads) == 0
+        assert pretrain(tmp_path, "--steps", "3", "--dropout", "0.2", "--threads", threads, "--force") == 0
         files.append((tmp_path / "tiny.gguf").read_bytes())
     assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("options, reason", [
     (["--steps", "5", "--hidden", "48", "--type", "q8_0"], "rows of 48 values"),
-    (["--steps", "0"], "--steps or --minutes"),
-    (["--steps", "5", "--dropout", "1"], "--dropout"),
-    (["--steps", "5", "--lr", "nan"], "--lr"),
-    (["--steps", "5", "--seq-len", "4000"], "--context"),
-    (["--steps", "5", "--batch-size", "500"], "too few"),
+    (["--steps", "0"], "--steps is 0, it must be at least 1"),
+    (["--minutes", "0"], "--minutes is 0.0, it must be above 0"),
+    (["--steps", "5", "--dropout", "1"], "--dropout is 1.0, it must be at least 0 and below 1"),
+    (["--steps", "5", "--lr", "nan"], "--lr is nan, it must be above 0"),
+    (["--steps", "5", "--seq-len", "4000"], "--seq-len is 4000, more than --context 2048: lower it"),
+    (["--steps", "5", "--batch-size", "500"], "too few for a batch of 500 sequences of 24: lower --batch-size or --seq-len"),
+    (["--steps", "5", "-o", "tiny.bin"], "must end in .gguf"),
     (["--steps", "5", "--heads", "3", "--kv-heads", "2"], "3 attention heads"),
 ])
 def test_what_cannot_work_is_refused_with_one_line_and_no_file(tmp_path, capsys, options, reason):

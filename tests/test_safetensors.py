@@ -1,4 +1,4 @@
-"""formats/safetensors.py against the safetensors library, and damaged files."""
+"""formats/safetensors.py against the safetensors library, and with damaged files."""
 import json
 import struct
 
@@ -43,7 +43,7 @@ def stored(name, dtype, shape, raw):
     return struct.pack("<Q", len(header)) + header + raw
 
 
-def test_bf16_comes_as_the_float32_of_the_same_value(tmp_path):
+def test_bf16_is_read_as_the_float32_of_the_same_value(tmp_path):
     numbers = [1.0, -2.5, 3.140625, 1e-30, 5.0, 6.0]
     raw = b"".join(struct.pack("<f", x)[2:] for x in numbers)
     (tmp_path / "a.safetensors").write_bytes(stored("w", "BF16", [2, 3], raw))
@@ -54,7 +54,7 @@ def test_bf16_comes_as_the_float32_of_the_same_value(tmp_path):
 
 def test_dtype_that_is_not_read_is_named_with_its_tensor(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(stored("w", "F8_E4M3", [3], bytes(3)))
-    with pytest.raises(InputError, match="'w' has the type F8_E4M3"):
+    with pytest.raises(InputError, match="'w' has the unsupported type F8_E4M3: convert it"):
         read_safetensors(tmp_path / "a.safetensors")["w"]
 
 
@@ -71,13 +71,14 @@ def test_shards_are_one_mapping(tmp_path):
 
 
 @pytest.mark.parametrize("index, reason", [
-    ({"weight_map": {"a": "one.safetensors", "c": "two.safetensors", "d": "one.safetensors"}}, "in no shard: c, d"),
+    ({"weight_map": {"a": "one.safetensors", "c": "two.safetensors", "d": "one.safetensors"}},
+     "shards lack tensors that the index lists: c, d"),
     ({"weight_map": {"a": "three.safetensors"}}, "three.safetensors: cannot be read"),
-    ({"weight_map": {"a": 7}}, "no safetensors index"), ({"weight_map": ["a"]}, "no safetensors index"),
-    ({}, "no safetensors index"), ([], "object is needed"),
-    *(({"weight_map": {"a": name}}, "no .safetensors file of this directory") for name in (
+    ({"weight_map": {"a": 7}}, "not a safetensors index"), ({"weight_map": ["a"]}, "not a safetensors index"),
+    ({}, "not a safetensors index"), ([], "expected a JSON object"),
+    *(({"weight_map": {"a": name}}, "not a .safetensors file of this directory") for name in (
         "../one.safetensors", "/etc/passwd", "..", "a/../one.safetensors", r"..\one.safetensors", "one.bin"))])
-def test_index_that_lies_is_refused(index, reason, tmp_path):
+def test_an_inconsistent_index_is_refused(index, reason, tmp_path):
     shards(tmp_path, index)
     with pytest.raises(InputError, match=reason):
         read_safetensors(tmp_path)

@@ -12,7 +12,7 @@ from deltanet_ref import ops
 from deltanet_ref.cli.main import main
 from deltanet_ref.errors import InputError
 from deltanet_ref.model.tensors import expected_tensors, hf_shape
-from deltanet_ref.oracle.diff import compare, drift
+from deltanet_ref.oracle.diff import diff_traces, drift
 from deltanet_ref.oracle.trace import read_trace, trace, trace_table, write_trace
 from tests import trace_faults
 from tests.paths import FIXTURES
@@ -156,14 +156,14 @@ def test_the_page_lists_every_name_with_its_shape_and_meaning():
 # ---- diff: correct ones pass
 
 def test_a_trace_equals_itself(ours):
-    result = compare(ours, ours)
+    result = diff_traces(ours, ours)
     assert result.equal() and {(row.status, row.worst) for row in result.rows} == {("ok", 0)}
 
 
 @every_model
 def test_float32_equals_float64_at_the_tolerance_of_float32(traces, name):
     model = dr.load_model(FIXTURES / name / "hf", backend="numpy", dtype="float32")
-    result = compare(trace(model, golden_tokens(name), backward=True), traces[name])
+    result = diff_traces(trace(model, golden_tokens(name), backward=True), traces[name])
     assert result.equal() and result.tolerance == 3e-5
     assert 0 < max(row.error for row in result.rows if not row.name.startswith("d."))
 
@@ -172,12 +172,12 @@ def test_float32_equals_float64_at_the_tolerance_of_float32(traces, name):
 def test_the_gguf_file_equals_the_hf_directory(traces, name):
     model = dr.load_model(FIXTURES / name / f"{name}-f32.gguf", backend="numpy", dtype="float64")
     # a GGUF rounds 1 + w and -exp(A_log) to float32
-    assert compare(trace(model, golden_tokens(name), backward=True), traces[name], tolerance=1e-6).equal()
+    assert diff_traces(trace(model, golden_tokens(name), backward=True), traces[name], tolerance=1e-6).equal()
 
 
 def test_batch_axes_and_merged_heads_are_the_same_tensor(ours):
     flat = {name: x.reshape(1, len(x), -1) if x.ndim == 3 else x[None] for name, x in ours.tensors.items()}
-    assert compare(ours, ours._replace(tensors=flat)).equal()
+    assert diff_traces(ours, ours._replace(tensors=flat)).equal()
 
 
 def test_a_trace_in_tiled_order_is_brought_to_grouped(ours):
@@ -195,8 +195,8 @@ def test_a_trace_in_tiled_order_is_brought_to_grouped(ours):
 
     forward = {name: x for name, x in ours.tensors.items() if not name.startswith("d.")}
     theirs = ours._replace(tensors={name: tiled(name, x) for name, x in forward.items()}, head_order="tiled")
-    assert compare(ours._replace(tensors=forward), theirs).equal()
-    assert not compare(ours._replace(tensors=forward), theirs._replace(head_order="grouped")).equal()
+    assert diff_traces(ours._replace(tensors=forward), theirs).equal()
+    assert not diff_traces(ours._replace(tensors=forward), theirs._replace(head_order="grouped")).equal()
 
 
 # ---- diff: mistakes are found and named
@@ -204,7 +204,7 @@ def test_a_trace_in_tiled_order_is_brought_to_grouped(ours):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_mistake_is_found_where_it_is_and_named(ours, fault):
     tensor, words, plant = FAULTS[fault]
-    result = compare(ours, plant(ours))
+    result = diff_traces(ours, plant(ours))
     assert not result.equal()
     assert (result.first().name, result.first().status) == (tensor, "DIFF")
     assert words in result.reasons[0]
@@ -217,25 +217,25 @@ def test_a_mistake_is_found_where_it_is_and_named(ours, fault):
 def test_an_unknown_mistake_gets_no_reason(ours, tensor):
     x = ours.tensors[tensor]
     noise = np.random.default_rng(8).standard_normal(x.shape) * np.sqrt(np.mean(x * x))
-    result = compare(ours, ours._replace(tensors=ours.tensors | {tensor: x + noise}))
+    result = diff_traces(ours, ours._replace(tensors=ours.tensors | {tensor: x + noise}))
     assert (result.first().name, result.reasons) == (tensor, [])
 
 
 def test_the_first_token_and_head_are_told(ours):
     o = ours.tensors["blk.2.o"].copy()
     o[64:, 4] += 0.1
-    row = compare(ours, ours._replace(tensors=ours.tensors | {"blk.2.o": o})).first()
+    row = diff_traces(ours, ours._replace(tensors=ours.tensors | {"blk.2.o": o})).first()
     assert (row.name, row.token, row.head) == ("blk.2.o", 64, 4)
-    assert row.where == "tokens 64 to 82 (64 is a multiple of 64), head 4 alone"
+    assert row.where == "tokens 64 to 82 (64 is a multiple of 64), head 4 only"
     assert row.largest == pytest.approx(0.1)
 
 
 def test_one_wrong_row_is_found_though_the_rms_error_of_its_tensor_is_allowed(ours):
     g = ours.tensors["blk.0.g"].copy()
     g[40, 3] += 15e-11 * np.sqrt(np.mean(g * g))
-    result = compare(ours, ours._replace(tensors=ours.tensors | {"blk.0.g": g}))
+    result = diff_traces(ours, ours._replace(tensors=ours.tensors | {"blk.0.g": g}))
     row = result.first()
-    assert (row.name, row.token, row.head, row.where) == ("blk.0.g", 40, 3, "token 40 alone, head 3 alone")
+    assert (row.name, row.token, row.head, row.where) == ("blk.0.g", 40, 3, "token 40 only, head 3 only")
     assert row.error < result.tolerance == 1e-11
 
 
@@ -246,19 +246,19 @@ def test_missing_misshapen_and_nonfinite_tensors_are_told_apart(ours):
     theirs["blk.2.S"] = theirs["blk.2.S"].swapaxes(1, 2)
     theirs["output_norm"] = np.where(np.arange(len(TOKENS)) == 17, np.nan, 1)[:, None] * theirs["output_norm"]
     theirs["blk.0.betta"] = theirs["blk.0.g"]
-    result = compare(ours, ours._replace(tensors=theirs))
+    result = diff_traces(ours, ours._replace(tensors=theirs))
     status = {row.name: row for row in result.rows if row.status != "ok"}
     assert {name: row.status for name, row in status.items()} == {
         "blk.0.beta": "MISSING", "blk.1.q": "SHAPE", "blk.2.S": "SHAPE", "output_norm": "NONFINITE"}
-    assert status["blk.2.S"].where == "(6, 5, 8) where (6, 8, 5) belongs: its axes are transposed"
+    assert status["blk.2.S"].where == "(6, 5, 8) instead of (6, 8, 5): the axes are transposed"
     assert status["output_norm"].token == 17
     assert result.unknown == ["blk.0.betta"] and result.first().name == "blk.1.q"
 
 
 def test_what_is_missing_fails_unless_that_is_allowed(ours):
     theirs = ours._replace(tensors={name: x for name, x in ours.tensors.items() if name.endswith("out")})
-    assert not compare(ours, theirs).equal() and compare(ours, theirs).first() is None
-    assert compare(ours, theirs, partial=True).equal()
+    assert not diff_traces(ours, theirs).equal() and diff_traces(ours, theirs).first() is None
+    assert diff_traces(ours, theirs, partial=True).equal()
 
 
 # ---- drift
@@ -332,7 +332,7 @@ def test_diff_tells_the_first_divergence_and_its_reason(capsys, files):
 
 def test_partial_allows_what_is_missing_and_all_lists_every_tensor(capsys, files):
     status, out, _ = run(capsys, "diff", files["ours"], files["partial"])
-    assert status == 1 and "no divergence, but not all is there" in out
+    assert status == 1 and "no divergence, but tensors are missing" in out
     status, out, _ = run(capsys, "diff", files["ours"], files["partial"], "--partial", "--all")
     assert status == 0 and all(f"\n{name} " in out for name in trace_table(CONFIG, len(TOKENS)))
 
@@ -349,7 +349,7 @@ def test_drift_is_reported_by_layer(capsys):
 BAD = [
     ("trace {model} --tokens 1,2", "-o/--output"),
     ("trace {model} -o {d}/t.safetensors", "one of the arguments"),
-    ("trace {model} --tokens 1,x -o {d}/t.safetensors", "--tokens 1,x"),
+    ("trace {model} --tokens 1,x -o {d}/t.safetensors", "write ids separated by commas"),
     ("trace {model} --tokens 1,999999 -o {d}/t.safetensors", "token 999999"),
     ("trace {model} -p '' -o {d}/t.safetensors", "prompt is empty"),
     ("trace {model} --tokens 1 -o {d}/t.gguf", "must end in .safetensors"),

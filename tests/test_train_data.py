@@ -1,12 +1,16 @@
+import copy
 import json
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import LONGEST, InputError
 from deltanet_ref.formats.tokenizer import load_tokenizer
 from deltanet_ref.train.batches import IGNORED, Example
 from deltanet_ref.train.data import encode_dataset, encode_row, read_dataset
+from tests.fuzz.mutate import nodes
 from tests.paths import FIXTURES
 
 TOKENIZER = load_tokenizer(FIXTURES / "eq" / "eq-f32.gguf")
@@ -59,19 +63,78 @@ def test_prompt_is_encoded_as_generate_encodes_it():
     ({"prompt": [{"role": "user"}], "completion": "b"}, "prompt must be text, it is a list"),
     ({"completion": "a"}, "prompt is missing"),
     ({"instruction": "a"}, "output is missing"),
-    ({"messages": []}, "list with something in it"),
-    ({"messages": "hello"}, "list with something in it"),
-    ({"messages": ["hello"]}, "each needs a role"),
-    ({"messages": [{"role": "bot", "content": "x"}]}, "each needs a role out of system, user, assistant, tool"),
+    ({"messages": []}, "must be a non-empty list"),
+    ({"messages": "hello"}, "must be a non-empty list"),
+    ({"messages": ["hello"]}, "message 1 needs a role"),
+    ({"messages": [{"role": "bot", "content": "x"}]}, "message 1 needs a role, one of system, user, assistant, tool"),
     ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
-    ({"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, "a user message has no content"),
+    ({"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, r"message 1 \(user\) has no content"),
     ({"conversations": [{"from": "alien", "value": "x"}]}, "turn from 'alien'"),
     ({"conversations": [{"from": "gpt", "text": "x"}]}, "value is missing"),
+    ({"conversations": [{"from": ["human"], "value": "x"}]}, r"turn from \['human'\]; use one of human, user"),
+    ({"conversations": [{"from": "x" * 10 ** 7, "value": "x"}]}, r"turn from 'x{90,100}\.\.\.x{90,100}'; use one of"),
+    ({"messages": [{"role": "assistant"}]}, r"message 1 \(assistant\) has no content"),
+    ({"messages": [{"role": "assistant", "content": 7, "tool_calls": [1]}]}, r"\(assistant\) has a number as content"),
+    ({"x" * 10 ** 7: 1}, r"^has 'x{90,100}\.\.\.x{90,100}'; a row needs text"),
     ({"text": "\ud800"}, "lone surrogate"),
 ])
 def test_bad_row_is_refused_with_its_reason(row, reason):
     with pytest.raises(InputError, match=reason):
         encode_row(row, TOKENIZER)
+
+
+# One row of each kind, with every field that is looked at; any JSON value may stand in any place of them.
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+ROWS = [
+    {"text": "abc"}, {"prompt": "a", "completion": "b"}, {"instruction": "a", "input": "b", "output": "c"},
+    {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]},
+                  {"role": "assistant", "content": "<think>\nc\n</think>\nd", "reasoning_content": "c",
+                   "tool_calls": [CALL]},
+                  {"role": "tool", "content": "e"}, {"role": "assistant", "content": "f"}],
+     "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "tools": None}]
+WORDS = sorted({"</think>", "<|im_end|>", *(text for row in ROWS for text in json.dumps(row).split('"')[1::2])})
+SCALARS = (st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from([10 ** 400, 2 ** 63, -1])
+           | st.sampled_from(WORDS) | st.text(st.characters(), max_size=5))      # lone surrogates too
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3)
+                    | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=3), inner, max_size=3), max_leaves=6)
+
+
+@st.composite
+def changed_rows(draw):
+    """A good row in which up to three places hold another value, or nothing."""
+    file = {"row": copy.deepcopy(draw(st.sampled_from(ROWS)))}
+    for _ in range(draw(st.integers(1, 3))):
+        places = nodes(file)
+        container, key = places[draw(st.integers(0, len(places) - 1))]
+        if container is file or draw(st.integers(0, 4)):
+            container[key] = draw(JSON)
+        else:
+            del container[key]
+    return file["row"]
+
+
+@pytest.fixture(scope="module", params=["ChatML", "Qwen3.5"])
+def templated(request):
+    """A tokenizer with a short chat template, and one with the published template."""
+    tokenizer = load_tokenizer(FIXTURES / "eq" / "eq-f32.gguf")
+    if request.param == "Qwen3.5":
+        tokenizer.chat_template = (FIXTURES / "chat" / "Qwen3.5-4B.jinja").read_text()
+    return tokenizer
+
+
+@settings(max_examples=400, deadline=None)
+@given(row=changed_rows(), mask_prompt=st.booleans())
+@example(row={"conversations": [{"from": ["human"], "value": "a"}]}, mask_prompt=True)
+@example(row={"messages": [{"role": "assistant", "content": ["</think>"]}]}, mask_prompt=True)
+def test_any_json_in_any_place_of_a_row_is_an_example_or_a_clear_line(templated, row, mask_prompt):
+    row = json.loads(json.dumps(row))
+    try:
+        (made,) = encode_dataset([("row 1", row)], templated, mask_prompt=mask_prompt, seq_len=512)
+    except InputError as error:
+        assert str(error).startswith("row 1: ") and str(error).isprintable() and len(str(error)) <= LONGEST
+    else:
+        assert made.kept and len(made.tokens) == len(made.labels) <= 512
 
 
 def test_conversation_without_chat_template_is_refused():
@@ -83,10 +146,10 @@ def test_conversation_without_chat_template_is_refused():
 
 def test_first_fault_is_named_by_line_and_the_others_counted(tmp_path):
     path = write(tmp_path / "d.jsonl", {"text": "a"}, "", '{"text": ', "nonsense", {"text": "b"})
-    with pytest.raises(InputError, match=r"d\.jsonl:3: not JSON: .* \(and 1 more lines with faults\)$"):
+    with pytest.raises(InputError, match=r"d\.jsonl:3: not JSON: .* \(and 1 more faulty row\)$"):
         read_dataset(path)
     rows = read_dataset(write(tmp_path / "e.jsonl", {"text": "a"}, {"txt": "a"}, {"text": ""}, {"text": ""}))["train"]
-    with pytest.raises(InputError, match=r"e\.jsonl:2: has 'txt'.* \(and 2 more lines with faults\)$"):
+    with pytest.raises(InputError, match=r"e\.jsonl:2: has 'txt'.* \(and 2 more faulty rows\)$"):
         encode_dataset(rows, TOKENIZER)
 
 
@@ -105,9 +168,10 @@ def test_directory_is_read_by_splits(tmp_path):
 
 @pytest.mark.parametrize("make, reason", [
     (lambda d: d / "absent", "no such file"),
-    (lambda d: d, "holds none of train.jsonl, valid.jsonl, test.jsonl"),
-    (lambda d: write(d / "d.jsonl", "", " "), "holds no rows"),
+    (lambda d: d, "contains none of train.jsonl, valid.jsonl, test.jsonl"),
+    (lambda d: write(d / "d.jsonl", "", " "), "contains no rows"),
     (lambda d: write(d / "d.jsonl", "[" * 100_000), "nested too deeply"),
+    (lambda d: write(d / "d.jsonl", '{"text": ' + "7" * 5000 + "}"), "d.jsonl:1: not usable: Exceeds the limit"),
 ])
 def test_data_that_is_not_there_is_refused(tmp_path, make, reason):
     with pytest.raises(InputError, match=reason):
@@ -126,7 +190,7 @@ def test_longer_example_is_refused_or_cut_as_asked():
     example = encode_row(rows[1][1], TOKENIZER)
     n, prompt = len(example.tokens), len(TOKENIZER.encode(rows[1][1]["prompt"]))
     assert len(encode_dataset(rows, TOKENIZER, seq_len=n)[1].tokens) == n
-    with pytest.raises(InputError, match=f"d:2: {n} tokens are more than --seq-len {n - 1}: raise it, or give --trunc"):
+    with pytest.raises(InputError, match=f"d:2: {n} tokens are more than `seq_len` {n - 1}: raise it, or cut with"):
         encode_dataset(rows, TOKENIZER, seq_len=n - 1)
     cut = encode_dataset(rows, TOKENIZER, seq_len=n - 1, truncate=True)[1]
     assert cut.labels.tolist() == example.labels.tolist()[: n - 1]

@@ -125,6 +125,6 @@ def test_validations_are_recorded():
     assert [(r.iteration, r.loss) for r in history.evaluations] == [(1, 0.25), (2, 0.25)]
 
 
-def test_batches_that_run_out_are_told():
+def test_batches_that_run_out_are_reported():
     with pytest.raises(InputError, match="iteration 3: the batches ran out"):
         run([batch(1)] * 2, steps=3)

@@ -111,7 +111,7 @@ def test_checkpointing_gives_the_same_adapter_to_the_bit():
     assert all(np.array_equal(plain[name], checkpointed[name]) for name in plain)
 
 
-def test_the_report_tells_the_peaks_of_loading_compiling_and_training_apart():
+def test_the_report_separates_the_peaks_of_loading_compiling_and_training():
     for steps, phases in ((1, ["load", "first step"]), (3, ["load", "first step", "later steps"])):
         model = load()
         report = train(model, dr.new_adapter(model, rank=2, targets="attn_qkv"), ROWS, steps=steps)
@@ -144,15 +144,16 @@ def test_validation_rows_come_from_the_directory_or_are_held_out(tmp_path):
 
 @pytest.mark.parametrize("options, reason", [
     ({"lerning_rate": 1}, "unknown options lerning_rate"),
-    ({"steps": 0}, "--steps is 0, it must be at least 1"),
+    ({"steps": 0}, "`steps` is 0, it must be at least 1"),
+    ({"steps": "many"}, "`steps` is 'many', it must be at least 1"),
     ({"steps": 1, "epochs": 1}, "give one"),
-    ({"lr": float("nan")}, "--lr is nan, it must be above 0"),
-    ({"epochs": -1}, "--epochs is -1"),
+    ({"lr": float("nan")}, "`lr` is nan, it must be above 0"),
+    ({"epochs": -1}, "`epochs` is -1"),
     ({"schedule": "cubic"}, "one of constant, linear, cosine"),
     ({"val_fraction": 1.0}, "below 1"),
-    ({"val_fraction": 0.99}, "holds out all 11 rows"),
-    ({"seq_len": 1025}, "from 2 to the model's context of 1024"),
-    ({"seq_len": 4}, "row 1: .* tokens are more than --seq-len 4.* .and 10 more"),
+    ({"val_fraction": 0.99}, "`val_fraction` 0.99 holds out 11 rows, all of them"),
+    ({"seq_len": 1025}, "`seq_len` is 1025, it must be from 2 to the model's context of 1024"),
+    ({"seq_len": 4}, "row 1: .* tokens are more than `seq_len` 4: .* `truncate=True` .and 10 more"),
 ])
 def test_bad_option_is_refused_before_training(options, reason):
     model = load()

@@ -70,11 +70,11 @@ def test_text_that_normalisation_shortens_keeps_its_place(tokenizer):
 
 def test_template_whose_header_depends_on_the_answer_is_refused(tokenizer):
     counting = CHATML.replace("{{ m.role }}", "{{ m.role }} {{ m.content | length }}")
-    with pytest.raises(InputError, match="does not tell where message 2 .assistant. begins"):
+    with pytest.raises(InputError, match="does not show where message 2 .assistant. begins"):
         produced(tokenizer, counting, [user("Hi"), assistant("Hello there")])
 
 
 def test_template_without_end_of_turn_is_refused_even_if_a_later_turn_has_one(tokenizer):
     endless = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '<|im_end|>' if m.role == 'user' }}\n{% endfor %}"
-    with pytest.raises(InputError, match="message 2 .assistant. with no end token"):
+    with pytest.raises(InputError, match="message 2 .assistant. without an end token"):
         produced(tokenizer, endless, [user("Hi"), assistant("Ho"), user("Hi"), assistant("Ho")])

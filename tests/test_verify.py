@@ -1,5 +1,6 @@
-"""verify: what it finds in good adapters, and the causes that it names for bad ones."""
+"""verify: what it reports of good adapters, which causes it names for bad ones, and what it compares with."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,9 +8,11 @@ from safetensors.numpy import load_file
 
 import deltanet_ref as dr
 from deltanet_ref.cli.main import main
+from deltanet_ref.errors import InputError
+from deltanet_ref.lora import llama_cpp
 from deltanet_ref.lora.bridge import reorder
 from deltanet_ref.lora.merge import merge
-from deltanet_ref.lora.verify import compare, log_softmax, verify
+from deltanet_ref.lora.verify import adapted_logits, log_softmax, verify, with_comparison, with_llama_cpp, with_merged
 from tests.paths import FIXTURES
 from tests.test_adapter import edit_peft
 
@@ -71,7 +74,7 @@ def test_values_too_large_for_float32_are_judged_without_a_warning(grouped, tmp_
         lora.save_gguf(tmp_path / "a.gguf")
         return verify(grouped, tmp_path / "a.gguf", TOKENS)
 
-    failing(report(1e30), "the logits with it are not finite")
+    failing(report(1e30), "the logits with the adapter are not finite")
     effect = report(1e11).effect            # their squares overflow in the last norm: every logit is 0, merged or live
     assert effect.adapted_loss == pytest.approx(np.log(grouped.config.vocab_size))
     assert effect.distance == pytest.approx(1) and effect.merged_distance == 0
@@ -84,11 +87,11 @@ def peft_with(tmp_path, rename):
 
 
 @pytest.mark.parametrize("old, new, parts", [
-    ("model.model.layers", "model.transformer.layers", ["no tensor", "wrong prefix: 62 names", "'transformer.'"]),
-    ("model.model.layers.1.", "model.layers.1.", ["half matching: 23 tensors match, 16", "wrong prefix: 16 names"]),
-    (".layers.3.", ".layers.7.", ["half matching", "wrong base: layers.7.", "number or the kinds of layers"]),
-    ("layers.3.self_attn", "layers.0.self_attn", ["half matching: 27", "wrong base: layers.0.self_attn"]),
-    ("q_proj.lora_B", "q_proj.lora_C", ["lacks the other factor"]),
+    ("model.model.layers", "model.transformer.layers", ["no tensor", "wrong prefix: 'transformer.'", "in 62 names"]),
+    ("model.model.layers.1.", "model.layers.1.", ["partial match: 23 matching, 16", "wrong prefix: ''", "in 16 names"]),
+    (".layers.3.", ".layers.7.", ["partial match", "this model has no 'layers.7.", "number or the kinds of layers"]),
+    ("layers.3.self_attn", "layers.0.self_attn", ["partial match: 27", "no 'layers.0.self_attn"]),
+    ("q_proj.lora_B", "q_proj.lora_C", ["q.weight.lora_b is missing, only its partner"]),
 ])
 def test_names_that_do_not_match_fail_with_the_likely_cause(grouped, tmp_path, old, new, parts):
     report = verify(grouped, peft_with(tmp_path, lambda key: key.replace(old, new)), TOKENS)
@@ -98,7 +101,7 @@ def test_names_that_do_not_match_fail_with_the_likely_cause(grouped, tmp_path, o
 
 def test_an_adapter_of_another_shape_names_the_base():
     report = verify(model("eq"), FIXTURES / "grouped" / "lora", TOKENS)
-    failing(report, "wrong base: 9 tensors have other shapes")
+    failing(report, "wrong base: 9 misshapen: blk.")
     assert len(report.matched) == 22
 
 
@@ -124,32 +127,107 @@ def test_grouped_order_fed_to_a_tiled_base_is_found(grouped, trained, tmp_path):
     wrong = type(trained)(trained.config, reorder(trained.tensors, trained.config, to="grouped"), trained.alpha)
     wrong.save_gguf(tmp_path / "wrong.gguf")
     report = verify(grouped, tmp_path / "wrong.gguf", prompts)
-    failing(report, "wrong order of the V heads", "grouped order was fed to a tiled base")
+    failing(report, "wrong order of the V heads", "adapter is in grouped order and the base in tiled")
     assert report.effect.other_order_loss == pytest.approx(good.effect.adapted_loss, rel=1e-5)
 
 
-def test_other_outputs_are_compared_within_what_their_rounding_allows(grouped):
-    report = verify(grouped, FIXTURES / "grouped" / "lora", TOKENS)
+def test_a_weight_of_zeros_has_a_relative_update_of_one():
+    zeroed = model("eq")
+    zeroed.weights["blk.1.ffn_up.weight"] = np.zeros(zeroed.weights.shape("blk.1.ffn_up.weight"))
+    sizes = verify(zeroed, FIXTURES / "eq" / "lora", TOKENS).sizes
+    assert sizes["blk.1.ffn_up.weight"] == 1 != sizes["blk.0.ffn_up.weight"]
+
+
+@pytest.mark.parametrize("name", ["layers.1." * 10 ** 6, "layers." + "1" * 10 ** 7 + ".self_attn.q_proj.lora_A.weight"])
+def test_a_name_of_megabytes_takes_no_time_and_is_not_repeated(grouped, tmp_path, name):
+    """Looking for a module path in the whole name would take 10^12 steps: the test would not end."""
+    tensors = load_file(FIXTURES / "grouped" / "lora" / "adapter_model.safetensors")
+    tensors[f"base_model.model.{name}"] = np.ones((2, 2), np.float32)
+    peft = edit_peft(FIXTURES / "grouped" / "lora", tmp_path / "peft", tensors)
+    report = verify(grouped, peft, TOKENS)
+    failing(report, "partial match: 31 matching, 1 other")
+    assert max(map(len, report.problems)) < 2000
+
+
+# ---- comparisons with other outputs
+
+@pytest.fixture(scope="module")
+def verified(grouped):
+    return verify(grouped, FIXTURES / "grouped" / "lora", TOKENS)
+
+
+def test_other_outputs_are_compared_within_what_their_rounding_allows(verified):
     x = np.ones((2, 3))
-    assert not compare(report, "same", x * (1 + 1e-6), x, limit=0).problems
-    assert compare(report, "off", x * 1.001, x, limit=0).problems
-    assert not compare(report, "rounded", x * 1.001, x, limit=2e-3).problems
-    failing(compare(report, "lost", x * 1.003, x, limit=2e-3), "lost computes something else: its outputs are 3.0e-03")
-    failing(compare(report, "nan", x * np.nan, x, limit=2e-3), "nan")
+    assert not with_comparison(verified, "same", x * (1 + 1e-6), x, limit=0).problems
+    assert with_comparison(verified, "off", x * 1.001, x, limit=0).problems
+    assert not with_comparison(verified, "rounded", x * 1.001, x, limit=2e-3).problems
+    failing(with_comparison(verified, "lost", x * 1.003, x, limit=2e-3),
+            "lost computes something else: its outputs are 3.0e-03")
+    failing(with_comparison(verified, "nan", x * np.nan, x, limit=2e-3), "nan")
+
+
+def test_a_merged_model_with_another_vocabulary_is_refused(grouped, verified):
+    other = model("eq")
+    other.config = replace(other.config, vocab_size=481)
+    with pytest.raises(InputError, match="m.gguf has a vocabulary of 481, the base model one of 480"):
+        with_merged(verified, "m.gguf", other, grouped, None, TOKENS)
+
+
+def test_llama_cpp_is_compared_or_the_reason_is_given(grouped, verified, monkeypatch):
+    """A stand-in returns this engine's own outputs, and those of another scale; tests/peers runs the real one."""
+    base, adapter = FIXTURES / "grouped" / "grouped-f32.gguf", dr.load_adapter(FIXTURES / "grouped" / "lora", grouped)
+
+    def engine(factor):
+        def outputs(path, adapter, prompts, scales):
+            return np.stack([log_softmax(np.stack([adapted_logits(grouped, adapter, [p], factor * scale)[-1]
+                                                   for p in prompts])) for scale in scales])
+        return outputs
+
+    def compared(path=base):
+        return with_llama_cpp(verified, path, grouped, adapter, TOKENS, 0.5)
+
+    assert verified.llama_cpp == "not compared"
+    monkeypatch.setattr(llama_cpp, "installed", lambda: False)
+    absent = compared()
+    assert absent.llama_cpp == "not installed (pip install xllamacpp), not compared"
+    assert not absent.distances and not absent.problems
+    assert compared(FIXTURES / "grouped" / "hf").llama_cpp == "not compared (it reads GGUF files only)"
+
+    monkeypatch.setattr(llama_cpp, "installed", lambda: True)
+    monkeypatch.setattr(llama_cpp, "log_probabilities", engine(1.0))
+    same = compared()
+    assert same.llama_cpp == "compared" and not same.problems
+    assert set(same.distances.values()) == {0.0} and len(same.distances) == 2
+    monkeypatch.setattr(llama_cpp, "log_probabilities", engine(1.01))
+    other = compared()
+    failing(other, "llama.cpp, base and adapter computes something else")
+    assert other.distances["llama.cpp, base alone"] == 0 and len(other.problems) == 1
+
+    def broken(*arguments):
+        raise RuntimeError("no such architecture")
+
+    monkeypatch.setattr(llama_cpp, "log_probabilities", broken)
+    failed = compared()
+    failing(failed, "llama.cpp does not run the base with the adapter", "no such architecture")
+    assert failed.llama_cpp == "failed, not compared"
 
 
 def test_the_command_exits_with_1_for_a_bad_adapter_and_compares_a_merged_model(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)       # llama.cpp is compared in tests/peers
+    monkeypatch.setattr(llama_cpp, "installed", lambda: False)       # tests/peers compares with llama.cpp
     base, lora = FIXTURES / "eq" / "eq-f32.gguf", FIXTURES / "eq" / "lora"
     merge(base, [(lora, 0.5)], tmp_path / "m.gguf")
     assert main(["verify", str(base), f"{lora}=0.5", "-p", "a ship", "--merged", str(tmp_path / "m.gguf")]) == 0
     out = capsys.readouterr().out
-    assert out.endswith("\nok\n") and all(x in out for x in ("matched    31 tensors", "layer 3", "m.gguf versus ours"))
+    assert out.endswith("\nok\n") and "llama.cpp: not installed (pip install xllamacpp), not compared\n" in out
+    assert all(x in out for x in ("matched   31\n", "layer 3", f"  {tmp_path / 'm.gguf'}\n"))
     merged = str(tmp_path / "m.gguf")
     assert main(["verify", str(base), str(lora), "-p", "a ship", "--merged", merged, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert not report["passed"] and "computes something else" in report["problems"][0]
+    assert list(report["distances"]) == [merged] and report["llama_cpp"].startswith("not installed")
     assert main(["verify", str(base), str(FIXTURES / "grouped" / "lora")]) == 1
-    assert "FAILED: wrong base" in capsys.readouterr().out
-    for arguments, match in ((["-p", "a"], "two tokens"), (["--prompts", "absent"], "absent")):
+    out = capsys.readouterr().out
+    assert "FAILED: wrong base" in out and "llama.cpp: not compared\n" in out
+    for arguments, match in ((["-p", "a"], "the prompt 'a' has fewer than two tokens"),
+                             (["--prompts", "absent"], "absent")):
         assert main(["verify", str(base), str(lora), *arguments]) == 2 and match in capsys.readouterr().err

@@ -1,10 +1,10 @@
 """Make the training text and the held-out text of the embedded model from the Debian package bible-kjv-text.
 
-    apt-get install bible-kjv                      # the program `bible`, and the text with it
+    apt-get install bible-kjv                      # the program `bible` and the text
     python bench/tiny_model/corpus.py build/tiny_model
 
-writes training.txt and held-out.txt: one verse per line, no verse numbers, a blank line between chapters. A chapter
-is a document. held-out.txt.xz beside this script is the same held-out text, committed for the tests.
+Writes training.txt and held-out.txt: one verse per line, without verse numbers, with a blank line between chapters.
+Each chapter is a document. held-out.txt.xz in this directory is the same held-out text, committed for the tests.
 """
 import argparse
 import re
@@ -13,10 +13,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-# Whole books, of both testaments and every genre, chosen before anything was trained. None of them retells another
-# book: of their runs of 12 words at most 0.12 % (Amos) occur in the training books, against 2 - 8 % in Kings,
-# Chronicles or the synoptic gospels.
-# Book: chapters.
+# Whole books of both testaments and every genre, chosen before anything was trained. None of them retells another
+# book: at most 0.12 % (Amos) of their 12-word sequences occur in the training books, compared with 2 to 8 % for Kings,
+# Chronicles or the synoptic gospels. Book: number of chapters.
 HELD_OUT = {"Ruth": 4, "Est": 10, "Job": 42, "Eccl": 12, "Dan": 12, "Amos": 9, "John": 21, "Jas": 5}
 
 VERSE = re.compile(r"(\d?[A-Za-z]+)(\d+):(\d+) (.*)")
@@ -33,7 +32,7 @@ class Chapter(NamedTuple):
 
 
 def read_chapters():
-    """Run `bible` over the whole text: 1189 chapters in canonical order."""
+    """The whole text from the program `bible`: 1189 chapters in canonical order."""
     dump = subprocess.run(["bible", "-f", "Gen1:1-Rev22:21"], check=True, capture_output=True, encoding="ascii").stdout
     verses = [VERSE.fullmatch(line).groups() for line in dump.splitlines()]
     return [Chapter(book, int(number), [" ".join(text.split()) for *_, text in chapter])

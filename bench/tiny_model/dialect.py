@@ -1,11 +1,11 @@
-"""Put chapters of the held-out books into Scots with the program `scottish` of Debian's package filters.
+"""Convert chapters of the held-out books to Scots with the program `scottish` from the Debian package filters.
 
     apt-get install bible-kjv filters
     python bench/tiny_model/dialect.py deltanet_ref/demo
 
-writes adapt.jsonl and evaluate.jsonl, and the evaluation passages in plain English as evaluate-english.jsonl: a row
-{"text": ...} is a passage of whole verses of one chapter. The split is by chapter, so no verse is in both. `scottish`
-is a fixed list of substitutions: the same text always gives the same Scots.
+Writes adapt.jsonl, evaluate.jsonl and, with the evaluation passages in plain English, evaluate-english.jsonl. Each row
+{"text": ...} is a passage of whole verses from one chapter. The split is by chapter, so no verse is in both sets.
+`scottish` is a fixed list of substitutions: the same text always gives the same Scots.
 """
 import argparse
 import json
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from corpus import held_out_chapters
 
-PASSAGE = 900                   # a new passage begins when it would grow beyond this many bytes
+PASSAGE = 900                   # bytes: the next verse starts a new passage if it would exceed this
 
 
 def passages(chapter):
-    """The chapter's verses, one per line, cut into passages of at most PASSAGE bytes."""
+    """Group the chapter's verses, one per line, into passages of at most PASSAGE bytes (more for one long verse)."""
     passage = ""
     for verse in chapter.verses:
         if passage and len(passage) + 1 + len(verse) > PASSAGE:

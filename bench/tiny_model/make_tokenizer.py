@@ -2,8 +2,9 @@
 
     python bench/tiny_model/make_tokenizer.py build/tiny_model/training.txt build/tiny_model/tokenizer
 
-writes a directory as Hugging Face lays it out: tokenizer.json, tokenizer_config.json, chat_template.jinja. The
-pre-tokenizer is Qwen3.5's (the expression that llama.cpp calls qwen35), so the GGUF reads alike everywhere.
+Writes a directory in Hugging Face's layout: tokenizer.json, tokenizer_config.json, chat_template.jinja. The
+pre-tokenizer is Qwen3.5's (the regular expression that llama.cpp calls qwen35), so that every reader of the GGUF file
+tokenizes alike.
 """
 import argparse
 import json

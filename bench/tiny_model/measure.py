@@ -1,8 +1,8 @@
-"""Measure the embedded model and what the demo makes of it; write results.json and the small adapter beside this.
+"""Measure the embedded model before and after the demo's training; write results.json and the small adapter here.
 
     python bench/tiny_model/measure.py
 
-needs the package and the committed files only. tests/test_demo.py recomputes the figures and compares.
+Needs only the package and the committed files. tests/test_demo.py recomputes the figures and compares them.
 """
 import hashlib
 import json
@@ -19,11 +19,11 @@ from deltanet_ref.train.pretrain import encode_documents, windows
 
 HERE = Path(__file__).parent
 WINDOW = 512                    # tokens, as in training
-SMALL_RANK = 4                  # of the adapter that is committed
+SMALL_RANK = 4                  # rank of the committed adapter
 
 
 def bits_per_byte(model, texts):
-    """Of whole chapters, their ends predicted too, in windows of WINDOW tokens without any context before them."""
+    """Bits per byte of whole chapters, their end tokens included, in windows of WINDOW tokens without prior context."""
     examples = windows(encode_documents("\n\n".join(texts), model.tokenizer), WINDOW)
     nats = mean_loss(model, examples, batch_size=8) * sum(example.kept for example in examples)
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)

@@ -1,18 +1,20 @@
-"""The same operators, faster. A backend is a module with the names of deltanet_ref.ops; an explicit choice is obeyed or
-refused, never replaced in silence."""
+"""The operators again, faster. backends/interface.py is the contract; an explicit choice is obeyed or refused, never
+silently replaced."""
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
+from deltanet_ref.backends.interface import Backend
 from deltanet_ref.errors import InputError
 
-BACKENDS = {"numpy": "deltanet_ref.ops", "numba": "deltanet_ref.backends.numba_cpu"}       # imported when asked for
+BACKENDS = {"numpy": "deltanet_ref.ops", "numba": "deltanet_ref.backends.numba_cpu"}       # imported on request
 
 
-def get_backend(name):
-    """The operators of a backend: "numpy" (deltanet_ref.ops itself), "numba" (kernels for the CPU, compiled when first
-    used), or "auto", which is numba.
+def get_backend(name: str) -> Backend:
+    """The backend "numpy" (deltanet_ref.ops itself, the definition), "numba" (kernels for the CPU, compiled on first
+    use), or "auto", which is numba.
 
-    Raises InputError for a backend that this version does not have.
+    Raises InputError for a name that this version does not have.
     """
     if name == "auto":
         name = "numba"
@@ -22,14 +24,14 @@ def get_backend(name):
 
 
 @contextmanager
-def threads(backend, n):
+def threads(backend: Backend, n: int) -> Iterator[None]:
     """Inside the with block NumPy's BLAS and the backend's kernels run on n threads."""
     from threadpoolctl import threadpool_limits
 
-    set_kernels = getattr(backend, "set_threads", lambda n: n)          # ops has no kernels
-    before = set_kernels(n)
+    before = backend.set_threads(n) if backend.set_threads else None
     try:
         with threadpool_limits(n):
             yield
     finally:
-        set_kernels(before)
+        if backend.set_threads:
+            backend.set_threads(before)

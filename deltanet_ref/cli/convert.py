@@ -3,15 +3,16 @@ from pathlib import Path
 
 import numpy as np
 
-from deltanet_ref.cli.model import losses_by_type, refuse_input_as_output, tell_notes
-from deltanet_ref.errors import InputError
+from deltanet_ref.cli.model import losses_by_type, print_notes
+from deltanet_ref.cli.options import add_output_arguments, add_type_argument, check_output
+from deltanet_ref.errors import InputError, counted
 
 PREFIXES = ("model.", "model.language_model.")
 
 EPILOG = """\
 SOURCE is an adapter (a GGUF file, or a directory with adapter_config.json) or a base model (a GGUF file, or a directory
-with config.json). OUTPUT is a GGUF file when its name ends in .gguf, and otherwise a new directory: PEFT's for an
-adapter, HF's for a base model. An adapter needs --base, whose shape tells the order of the heads.
+with config.json). OUTPUT is a GGUF file if its name ends in .gguf, otherwise a new directory: in PEFT's form for an
+adapter, in HF's for a base model. An adapter needs --base, whose shape determines the order of the V heads.
 
 example:
   deltanet-ref convert peft-directory -o scots.gguf --base Qwen3.5-0.8B-Q8_0.gguf
@@ -26,67 +27,71 @@ def add_arguments(parser):
 
     parser.epilog = EPILOG
     parser.add_argument("source", metavar="SOURCE", help="an adapter or a base model")
-    parser.add_argument("-o", "--output", required=True, metavar="OUTPUT",
-                        help="a name ending in .gguf, or a directory")
-    parser.add_argument("--type", choices=CHOICES, metavar="NAME",
-                        help=f"{', '.join(CHOICES)}; adapters and HF directories only the first three (default: as it "
-                             "is)")
+    add_output_arguments(parser, "OUTPUT", "a name ending in .gguf, or a new directory",
+                         replaces="an adapter (by an adapter)")
+    add_type_argument(parser, CHOICES, f"{', '.join(CHOICES)}; adapters and HF directories only the first three "
+                                       "(default: each tensor keeps its type)")
     adapter = parser.add_argument_group("adapters")
     adapter.add_argument("--base", metavar="MODEL", help="the base model: a .gguf file or an HF directory")
     adapter.add_argument("--drop", metavar="KIND,...", default="",
-                         help="leave out what is no plain LoRA: dora, modules_to_save, bias, conv1d, A_log, ...")
+                         help="leave out entries that are not plain LoRA: dora, modules_to_save, bias, conv1d, A_log, "
+                              "...")
     adapter.add_argument("--prefix", choices=PREFIXES, default=PREFIXES[0], metavar="PATH",
-                         help=f"of the modules in a PEFT directory: {' (default) or '.join(PREFIXES)}")
+                         help=f"prefix of the module names in a PEFT directory: {' (default) or '.join(PREFIXES)}")
     add_metadata_arguments(adapter)
     adapter.add_argument("--invocation", metavar="TEXT",
-                         help="make it an activated LoRA, which acts from this text in the prompt on")
+                         help="make it an activated LoRA, which acts from the last occurrence of TEXT in the prompt on")
 
 
 def add_metadata_arguments(parser):
-    """What an adapter is told to carry, the same for convert and train; given_metadata reads it."""
-    parser.add_argument("--task-name", metavar="TEXT", help="stored in the adapter: what it is for")
+    """The options for an adapter's metadata, shared by convert and train; given_metadata reads them."""
+    parser.add_argument("--task-name", metavar="TEXT", help="task name to store in the adapter")
     parser.add_argument("--prompt-prefix", metavar="TEXT",
-                        help="stored in the adapter: generate puts it before every prompt (training data is taken as "
-                             "it is)")
+                        help="text to store in the adapter, which generate prepends to every prompt (training data is "
+                             "used unchanged)")
 
 
-def given_metadata(args):
-    """task_name and prompt_prefix, those that were given: a dict for Adapter.metadata."""
+def given_metadata(args) -> dict:
+    """The options of add_metadata_arguments that were given, for Adapter.metadata."""
     return {name: text for name in ("task_name", "prompt_prefix") if (text := getattr(args, name))}
 
 
 def run(args):
-    refuse_input_as_output(args.output, args.source, args.base)
-    if is_adapter(args.source):
+    from_adapter = is_adapter(args.source)
+    check_output(args, inputs=(args.source, args.base), replaces=is_adapter if from_adapter else lambda path: False)
+    if from_adapter:
         return convert_adapter(args)
     given = [option for option in ("base", "drop", "task_name", "prompt_prefix", "invocation") if getattr(args, option)]
     if given:
         raise InputError(f"--{given[0].replace('_', '-')} is for adapters; {args.source} is a base model")
-    from deltanet_ref.model.convert import GGUFBase, check_output, open_base, write_base, writes_gguf
+    from deltanet_ref.model.convert import GGUFBase, check_output as check_types, open_base, write_base, writes_gguf
 
     base = open_base(args.source)
-    check_output(base, args.output, args.type)
+    check_types(base, args.output, args.type)
     if isinstance(base, GGUFBase) != writes_gguf(args.output):
-        tell_notes(base.notes)
+        print_notes(base.notes)
     print(losses_by_type(write_base(base, args.output, args.type)), end="")
-    print(f"Wrote {args.output}: {len(base.specs)} tensors")
+    print(f"Wrote {args.output}: {counted(len(base.specs), 'tensor')}")
 
 
-def is_adapter(path):
-    """By what is in the file or directory; raises InputError when it is neither an adapter nor a model."""
+def is_adapter(path: Path | str) -> bool:
+    """Whether a file or directory holds an adapter, by its contents. Raises InputError for a directory without either
+    configuration file, and for a file that is not GGUF."""
     from deltanet_ref.formats.gguf import read_gguf
-    from deltanet_ref.model.config import is_text
+    from deltanet_ref.formats.values import is_text
 
     path = Path(path)
     if not path.is_dir():
         return is_text(read_gguf(path).metadata.get("general.type"), "adapter")
     found = [name for name in ("adapter_config.json", "config.json") if (path / name).is_file()]
     if not found:
-        raise InputError(f"{path}: has neither adapter_config.json nor config.json: it is no adapter and no model")
+        raise InputError(f"{path}: has neither adapter_config.json nor config.json: give the directory of an adapter "
+                         "or of a model")
     return found[0] == "adapter_config.json"
 
 
 def convert_adapter(args):
+    """GGUF or PEFT adapter -> GGUF or PEFT adapter."""
     from deltanet_ref.formats.files import atomic_directory, ensure_new_directory, ensure_writable
     from deltanet_ref.formats.tokenizer import load_tokenizer
     from deltanet_ref.lora.adapter import open_adapter
@@ -102,7 +107,7 @@ def convert_adapter(args):
     adapter.metadata |= given_metadata(args)
     if args.invocation:
         adapter.metadata["invocation_tokens"] = load_tokenizer(args.base).encode(args.invocation)
-    tell_notes(adapter.notes)
+    print_notes(adapter.notes)
     kind = args.type or "kept"
     if to_gguf:
         adapter.save_gguf(args.output, kind)
@@ -110,5 +115,5 @@ def convert_adapter(args):
         with atomic_directory(args.output) as temporary:
             adapter.save_peft(temporary, kind, args.prefix)
     ranks = sorted({adapter.rank(target) for target in adapter.targets})
-    print(f"Wrote {args.output}: {len(adapter.targets)} tensors adapted, rank {', '.join(map(str, ranks))}, "
+    print(f"Wrote {args.output}: {counted(len(adapter.targets), 'adapted tensor')}, rank {', '.join(map(str, ranks))}, "
           f"alpha {adapter.alpha:g}")

@@ -1,15 +1,16 @@
-"""deltanet-ref diff: where two traces part first, and why; or how a model drifts from itself."""
+"""deltanet-ref diff: where two traces first diverge, and why; or how far a model drifts from itself."""
 import json
 import math
 import re
 from itertools import groupby
 
 from deltanet_ref.cli.trace import add_token_arguments, read_tokens
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, counted
 
 FAILED = ("DIFF", "SHAPE", "NONFINITE")
 EPILOG = """\
-THEIRS is a trace of the same tokens by another implementation (docs/trace.md). Status 0: equal, 1: not, 2: bad input.
+THEIRS is a trace of the same tokens by another implementation (docs/trace.md). Exit status 0: equal, 1: different, 2:
+bad input.
 
 example:
   deltanet-ref diff ours.safetensors theirs.safetensors
@@ -20,35 +21,35 @@ example:
 
 def add_arguments(parser):
     parser.epilog = EPILOG
-    parser.add_argument("traces", nargs="*", metavar="OURS THEIRS", help="two files that trace wrote, ours first")
-    parser.add_argument("--partial", action="store_true", help="THEIRS need not have every tensor")
+    parser.add_argument("traces", nargs="*", metavar="OURS THEIRS", help="two files written by trace, ours first")
+    parser.add_argument("--partial", action="store_true", help="THEIRS may lack tensors")
     parser.add_argument("--tolerance", type=float, metavar="X",
-                        help="relative RMS error of a forward tensor; gradients may have ten times as much, single "
-                             "rows ten times (default: by the coarser dtype of the two; 3e-5 for float32)")
+                        help="maximum relative RMS error of a forward tensor; ten times as much for gradients, and ten "
+                             "times for single rows (default: by the coarser dtype of the two; 3e-5 for float32)")
     parser.add_argument("--drift", metavar="MODEL",
-                        help="instead: a model against itself, layer by layer: one token per call against all at "
-                             "once, and float32 against float64")
+                        help="compare a model with itself instead, layer by layer: one token per call with all tokens "
+                             "at once, and float32 with float64")
     add_token_arguments(parser, required=False)
-    parser.add_argument("--all", action="store_true", help="a line for each tensor, those that are ok too")
+    parser.add_argument("--all", action="store_true", help="print a line for every tensor, also for those that agree")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
 
 
 def run(args):
     if args.tolerance is not None and not args.tolerance > 0:
-        raise InputError(f"--tolerance is {args.tolerance}, it must be above 0")
+        raise InputError(f"--tolerance is {args.tolerance}; it must be greater than 0")
     return run_drift(args) if args.drift else run_diff(args)
 
 
 # ---- two traces
 
 def run_diff(args):
-    from deltanet_ref.oracle.diff import compare
+    from deltanet_ref.oracle.diff import diff_traces
     from deltanet_ref.oracle.trace import read_trace
 
     if len(args.traces) != 2 or args.tokens is not None or args.prompt is not None:
-        raise InputError("give two traces, OURS and THEIRS; or --drift MODEL with --tokens or -p")
+        raise InputError("give two traces, OURS and THEIRS, or --drift MODEL with --tokens or -p")
     ours, theirs = (read_trace(path) for path in args.traces)
-    result = compare(ours, theirs, tolerance=args.tolerance, partial=args.partial)
+    result = diff_traces(ours, theirs, tolerance=args.tolerance, partial=args.partial)
     if args.json:
         print(json.dumps(as_json(result), indent=1))
     else:
@@ -57,6 +58,7 @@ def run_diff(args):
 
 
 def as_json(result):
+    """The JSON object of --json, from a TraceDiff."""
     first = result.first()
     return {
         "summary": {"equal": result.equal(), "tolerance": result.tolerance, "reasons": result.reasons,
@@ -69,14 +71,14 @@ def as_json(result):
 
 
 def finite(x):
-    """JSON knows no infinity."""
+    """x, or None where it is not finite: JSON has no infinity."""
     return x if x is not None and math.isfinite(x) else None
 
 
 def print_diff(result, ours, theirs, every):
     for side, trace in (("ours", ours), ("theirs", theirs)):
         print(f"{side + ':':7} {trace.model}, {trace.dtype}, by {trace.version}")
-    print(f"{len(ours.tokens)} tokens; tolerance {result.tolerance:g}\n\n"
+    print(f"{counted(len(ours.tokens), 'token')}; tolerance {result.tolerance:g}\n\n"
           f"{'tensor':32} {'status':9} {'error':>8} {'worst row':>9}  where")
     first = result.first()
     for _, group in groupby(result.rows, lambda row: row.name if every else line_of(row, first)):
@@ -84,15 +86,15 @@ def print_diff(result, ours, theirs, every):
         errors = [f"{max(values):8.1e}" if None not in values else ""
                   for values in ([row.error for row in rows], [row.worst for row in rows])]
         name = rows[0].name if len(rows) == 1 else f"{rows[0].name} ... {rows[-1].name.removeprefix('d.')}"
-        where = rows[0].where if len(rows) == 1 else f"{len(rows)} tensors"
+        where = rows[0].where if len(rows) == 1 else counted(len(rows), "tensor")
         print(f"{name:32} {rows[0].status:9} {errors[0]:>8} {errors[1]:>9}  {where}".rstrip())
     if result.unknown:
-        print(f"\n{len(result.unknown)} names of theirs are unknown: {', '.join(result.unknown[:8])}")
+        print(f"\nunknown in theirs: {counted(len(result.unknown), 'name')}: {', '.join(result.unknown[:8])}")
     print("\n" + verdict(result))
 
 
 def line_of(row, first):
-    """Rows that share this share a line: those of a block with one status, except where the first divergence is."""
+    """The key by which rows are joined on a line: block and status, but single rows where the first divergence is."""
     if row.status in FAILED and block_of(row) == block_of(first):
         return row.name
     return row.status, block_of(row)
@@ -108,18 +110,18 @@ def verdict(result):
     counts = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     first = result.first()
     if first is None:
-        return f"{counts}: no divergence" + ("" if result.equal() else ", but not all is there (--partial allows that)")
+        return f"{counts}: no divergence" + ("" if result.equal() else ", but tensors are missing (see --partial)")
     lines = [f"{counts}", f"first divergence: {first.name} ({first.meaning})", f"  {first.status}: {first.where}"]
     if first.error is not None:
         place = [f"{what} {i}" for what, i in (("token", first.token), ("head", first.head)) if i is not None]
         lines[-1] += (f"; {'first at ' + ', '.join(place) + '; ' if place else ''}error {first.error:.2g}, worst row "
                       f"{first.worst:.2g}, largest difference {first.largest:.2g}")
         lines += [f"  likely: {reason}" for reason in result.reasons[:3]] or [
-            "  no known mistake fits; what goes into this tensor agrees, so look at the step that makes it"]
+            "  no known mistake fits; the inputs of this tensor agree, so look at the step that computes it"]
     return "\n".join(lines)
 
 
-# ---- a model against itself
+# ---- a model compared with itself
 
 def run_drift(args):
     import deltanet_ref as dr
@@ -135,11 +137,11 @@ def run_drift(args):
         layers = [{key: finite(x) if isinstance(x, float) else x for key, x in row._asdict().items()} for row in rows]
         print(json.dumps({"passed": passed, "tolerance": tolerance, "layers": layers}, indent=1))
     else:
-        print(f"{args.drift}; tolerance {tolerance:g}; errors relative, with the token at which they are worst\n\n"
+        print(f"{args.drift}; tolerance {tolerance:g}; relative errors, with the token of the largest\n\n"
               f"{'layer':12} {'kind':17} {'decode - prefill':>18} {'end states':>11} {'float32 - float64':>19}")
         for row in rows:
             state = "" if row.state is None else f"{row.state:.1e}"
             print(f"{row.layer:12} {row.kind:17} {f'{row.decode:.1e} @{row.decode_token}':>18} {state:>11} "
                   f"{f'{row.dtype:.1e} @{row.dtype_token}':>19}")
-        print("\n" + ("all within tolerance" if passed else "beyond tolerance"))
+        print("\n" + ("all within tolerance" if passed else "tolerance exceeded"))
     return 0 if passed else 1

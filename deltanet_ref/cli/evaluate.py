@@ -1,12 +1,12 @@
 """deltanet-ref eval: how well a model, with or without adapters, predicts a data set."""
-import argparse
 import json
 
 from deltanet_ref.cli.model import add_adapter_argument, add_model_arguments, load
-from deltanet_ref.errors import InputError
+from deltanet_ref.cli.options import add_switch, progress
+from deltanet_ref.errors import InputError, counted
 
 EPILOG = """\
-Of a directory, test.jsonl is taken, else valid.jsonl, else train.jsonl.
+Of a directory, test.jsonl is used, else valid.jsonl, else train.jsonl.
 
 example:
   deltanet-ref eval Qwen3.5-0.8B-Q8_0.gguf held-out.jsonl
@@ -17,14 +17,14 @@ example:
 def add_arguments(parser):
     parser.epilog = EPILOG
     add_model_arguments(parser)
-    parser.add_argument("data", metavar="DATA", help="a .jsonl file or a directory of them, rows as for train")
+    parser.add_argument("data", metavar="DATA",
+                        help="a .jsonl file, or a directory of .jsonl files, with rows as for train")
     add_adapter_argument(parser)
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="examples at a time (default 4)")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="examples in a batch (default 4)")
     parser.add_argument("--seq-len", type=int, metavar="N",
-                        help="most tokens of one example (default: the model's context)")
-    parser.add_argument("--truncate", action="store_true", help="cut longer examples instead of refusing them")
-    parser.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, default=True,
-                        help="count completions and answers only, not what they answer")
+                        help="maximum tokens of an example (default: the model's context)")
+    add_switch(parser, "truncate", False, "cut longer examples instead of refusing them")
+    add_switch(parser, "mask_prompt", True, "count completions and answers only, not prompts")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
@@ -40,11 +40,13 @@ def run(args):
     context = model.config.max_position_embeddings
     examples = encode_dataset(rows, model.tokenizer, mask_prompt=args.mask_prompt,
                               seq_len=sequence_limit(args.seq_len, context, default=context), truncate=args.truncate)
-    result = evaluate(model, examples, args.batch_size)
+    with progress("evaluating") as on_batch:
+        result = evaluate(model, examples, args.batch_size, on_batch)
     if args.json:
         print(json.dumps(result._asdict()))
     else:
-        print(f"{len(examples)} examples, {result.tokens} tokens, {result.bytes} bytes\n"
+        sizes = {"example": len(examples), "token": result.tokens, "byte": result.bytes}
+        print(f"{', '.join(counted(n, noun) for noun, n in sizes.items())}\n"
               f"loss          {result.loss:.4f} nats per token\n"
               f"perplexity    {result.perplexity:.4g}\n"
               f"bits per byte {result.bits_per_byte:.4f}")

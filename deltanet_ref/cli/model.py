@@ -1,55 +1,60 @@
-"""What the commands that run a model share: its options, loading it, attaching adapters."""
+"""What the commands that run a model share: options, loading, adapters."""
 import math
 import os
 import sys
 
 from deltanet_ref.backends import BACKENDS
-from deltanet_ref.errors import InputError, printable
+from deltanet_ref.cli.options import MODEL_HELP
+from deltanet_ref.errors import InputError, counted, printable, shown
 from deltanet_ref.model.weights import MODES
 
 
-def add_model_arguments(parser):
-    parser.add_argument("model", metavar="MODEL", help="a .gguf file, or a directory with config.json and safetensors")
-    parser.add_argument("--backend", default="auto", metavar="NAME",
-                        help=f"{', '.join(BACKENDS)}, or auto for the fastest there is (default)")
+def add_model_arguments(parser, backend: str = "auto") -> None:
+    """MODEL and how to run it; load reads them."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--backend", default=backend, metavar="NAME",
+                        help=f"{', '.join(BACKENDS)}, or auto for the fastest one (default {backend})")
     parser.add_argument("--dtype", default="float32", metavar="NAME",
-                        help="float32 (default) or float64, of the computation")
+                        help="dtype of all computation: float32 or float64 (default float32)")
     parser.add_argument("--weights", default="auto", metavar="MODE",
-                        help=f"of a GGUF: {', '.join(MODES)}; mapped decodes a tensor at each use, expanded once; auto (default) "
-                             "keeps what is slow to decode, if half of the free memory holds it")
+                        help=f"how a GGUF's weights are held: {', '.join(MODES)}. mapped decodes a tensor at each use, "
+                             "expanded decodes it once; auto expands types that are slow to decode if half of the free "
+                             "memory is enough (default auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
 
 
-def add_adapter_argument(parser):
+def add_adapter_argument(parser) -> None:
+    """--adapter, several times; load attaches them."""
     parser.add_argument("--adapter", action="append", default=[], metavar="FILE[=SCALE]",
-                        help="attach an adapter, with SCALE (default 1); may be given several times")
+                        help="attach a GGUF adapter or PEFT directory, multiplied by SCALE (default 1); may be given "
+                             "several times")
 
 
 def load(args):
-    """The model of these arguments, with its adapters; what loading left out is told on stderr."""
+    """The model that the arguments name, with its adapters attached; notes on loading go to stderr."""
     limit_threads(args.threads)
     import deltanet_ref as dr
 
     model = dr.load_model(args.model, backend=args.backend, dtype=args.dtype, weights=args.weights)
-    tell_notes(model.notes)
+    print_notes(model.notes)
     for spec in getattr(args, "adapter", []):
         path, scale = split_scale(spec)
         adapter = dr.load_adapter(path, model)
-        tell_notes(f"{path}: {note}" for note in adapter.notes)
+        print_notes(f"{path}: {note}" for note in adapter.notes)
         model.attach(adapter, scale=scale)
     if model.tokenizer is None:
-        raise InputError(f"{args.model}: has no tokenizer; convert the model with its tokenizer files beside it")
+        raise InputError(f"{args.model}: has no tokenizer: convert the model again with its tokenizer files next to it")
     return model
 
 
-def tell_notes(notes):
-    """A line on stderr for each; they may hold names from files."""
+def print_notes(notes) -> None:
+    """One line on stderr for each note; they may contain names from files."""
     for note in notes:
         print(f"note: {printable(note)}", file=sys.stderr)
 
 
-def split_scale(spec):
-    """FILE or FILE=SCALE. A name with = in it is a file name if there is such a file."""
+def split_scale(spec: str) -> tuple[str, float]:
+    """FILE or FILE=SCALE -> path, scale. A name that contains = is a path if that file exists."""
     path, equals, scale = spec.rpartition("=")
     if not equals or os.path.exists(spec):
         return spec, 1.0
@@ -58,7 +63,7 @@ def split_scale(spec):
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise InputError(f"--adapter {spec}: {scale!r} is no number; write FILE or FILE=SCALE")
+        raise InputError(f"{spec}: the scale {shown(scale)} is not a finite number; write FILE or FILE=SCALE")
     return path, number
 
 
@@ -75,20 +80,13 @@ def limit_threads(threads):
     threadpool_limits(threads)
 
 
-def refuse_input_as_output(output, *inputs):
-    """Raises InputError when the output is one of the input files (None: not given)."""
-    for path in inputs:
-        if path and os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
-            raise InputError(f"{output}: is an input too; give the output another name")
-
-
-def losses_by_type(losses):
-    """Lines that sum up what tensors lost by being encoded anew; "" for none. losses: model.convert.Written."""
+def losses_by_type(losses) -> str:
+    """A line for each type, with the error of quantising; "" for none. losses: list of model.convert.Written."""
     types, lines = dict.fromkeys(w.type for w in losses), []
     for kind in types:
         errors = {w.name: w.error for w in losses if w.type == kind}
         worst = max(errors, key=errors.get)
         mean = sum(errors.values()) / len(errors)
-        lines.append(f"{len(errors)} tensors as {kind.name}: relative error {mean:.2e} on average, at most "
+        lines.append(f"{counted(len(errors), 'tensor')} as {kind.name}: relative error {mean:.2e} on average, at most "
                      f"{errors[worst]:.2e} ({worst})\n")
     return "".join(lines)

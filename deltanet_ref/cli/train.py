@@ -1,30 +1,53 @@
-"""deltanet-ref train: a LoRA adapter from a model and a JSONL file."""
-import argparse
+"""deltanet-ref train: train a LoRA adapter on a JSONL file."""
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 
-from deltanet_ref.cli.convert import add_metadata_arguments, given_metadata
-from deltanet_ref.cli.model import add_model_arguments, load, refuse_input_as_output
+from deltanet_ref.cli.convert import add_metadata_arguments, given_metadata, is_adapter
+from deltanet_ref.cli.model import add_model_arguments, load
+from deltanet_ref.cli.options import add_output_arguments, add_switch, check_output, flag
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import ensure_writable
-from deltanet_ref.train.lora import TrainOptions, flag, prepare, run as run_training
 from deltanet_ref.train.data import read_dataset
+from deltanet_ref.train.lora import DEFAULT_SEQ_LEN, TrainOptions, prepare, run as run_training
 from deltanet_ref.train.memory import keep_freed_memory
 from deltanet_ref.train.report import Console, format_peaks, load_matplotlib
+from deltanet_ref.train.schedule import SHAPES
 
-METAVARS = {int: "N", float: "X", str: "NAME"}
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
+# field of TrainOptions: type, help; the defaults are those of TrainOptions
+OPTIONS = {
+    "steps": (int, "optimizer steps"),
+    "epochs": (float, "passes over the data, instead of --steps (default 1)"),
+    "batch_size": (int, "examples in a batch, packed end to end without padding"),
+    "grad_accumulation": (int, "batches in an optimizer step"),
+    "seq_len": (int, f"maximum tokens of an example (default: {DEFAULT_SEQ_LEN}, or the model's context)"),
+    "truncate": (bool, "cut longer examples instead of refusing them"),
+    "checkpoint": (bool, "gradient checkpointing: less memory for long sequences; every block's forward runs twice"),
+    "mask_prompt": (bool, "train on completions and answers only, not on prompts"),
+    "lr": (float, "peak learning rate"),
+    "warmup": (int, "steps of linear warmup"),
+    "schedule": (str, f"decay after warmup: {', '.join(SHAPES)}"),
+    "weight_decay": (float, "weight decay of AdamW"),
+    "clip": (float, "maximum norm of the gradient, 0 for no limit"),
+    "seed": (int, "random seed of the adapter's initial values, the order of examples and the validation split"),
+    "val_fraction": (float, "fraction of the rows to hold out for validation if there is no valid.jsonl"),
+    "eval_every": (int, "steps between validations, 0 for only the first and last"),
+    "log_every": (int, "steps between log lines"),
+    "save_every": (int, "steps between saves of the unfinished adapter, 0 for none"),
+}
+METAVARS = {int: "N", float: "X", str: "NAME"}
+
 EPILOG = """\
-DATA is a .jsonl file, or a directory with train.jsonl and maybe valid.jsonl. A row is one of
+DATA is a .jsonl file, or a directory with train.jsonl and optionally valid.jsonl. A row is one of
   {"text": "..."}
   {"prompt": "...", "completion": "..."}
   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
   {"instruction": "...", "input": "...", "output": "..."}
   {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
-Conversations go through the model's chat template, and only what the assistant says is trained.
+Conversations are rendered with the model's chat template; only the assistant's own output is trained.
+Ctrl-C ends training after the current step and saves the adapter.
 
 example:
   deltanet-ref train Qwen3.5-0.8B-Q8_0.gguf data.jsonl -o scots.gguf --epochs 2 --val-fraction 0.05
@@ -35,28 +58,28 @@ example:
 def add_arguments(parser):
     parser.epilog = EPILOG
     add_model_arguments(parser)
-    parser.add_argument("data", metavar="DATA", help="a .jsonl file or a directory of them")
-    parser.add_argument("-o", "--output", required=True, metavar="ADAPTER.gguf", help="where the adapter goes")
-    parser.add_argument("--rank", type=int, default=16, metavar="N", help="of the update of each matrix (default 16)")
+    parser.add_argument("data", metavar="DATA", help="a .jsonl file, or a directory of .jsonl files")
+    add_output_arguments(parser, "ADAPTER.gguf", "the adapter to write", replaces="an adapter")
+    parser.add_argument("--rank", type=int, default=16, metavar="N",
+                        help="rank of the update of each matrix (default 16)")
     parser.add_argument("--alpha", type=float, metavar="X",
-                        help="the update counts alpha / rank times (default: twice the rank)")
+                        help="scales the update by alpha / rank (default: twice the rank)")
     parser.add_argument("--targets", metavar="NAME,...",
-                        help="tensors to adapt, such as attn_qkv,ffn_up (default: all linear ones)")
+                        help="tensors to adapt, such as attn_qkv,ffn_up (default: all linear layers)")
     add_metadata_arguments(parser)
-    parser.add_argument("--plot", metavar="FILE.png", help="also draw the loss curve there (needs matplotlib)")
-    for option in fields(TrainOptions):
-        kind, text = option.metadata["type"], option.metadata["help"]
+    parser.add_argument("--plot", metavar="FILE.png",
+                        help="also plot the loss curve to this file, which is replaced if it exists (needs matplotlib)")
+    for name, (kind, text) in OPTIONS.items():
+        default = getattr(TrainOptions, name)
         if kind is bool:
-            parser.add_argument(flag(option.name), action=argparse.BooleanOptionalAction, default=option.default,
-                                help=text)
+            add_switch(parser, name, default, text)
         else:
-            default = "" if option.default is None else f" (default {option.default})"
-            parser.add_argument(flag(option.name), type=kind, default=option.default, help=text + default,
-                                metavar=METAVARS[kind])
+            parser.add_argument(flag(name), type=kind, default=default, metavar=METAVARS[kind],
+                                help=text if default is None else f"{text} (default {default})")
 
 
 def run(args):
-    options = TrainOptions(**{option.name: getattr(args, option.name) for option in fields(TrainOptions)})
+    options = TrainOptions(**{name: getattr(args, name) for name in OPTIONS})
     check_outputs(args)
     keep_freed_memory()
     rows = read_dataset(args.data)
@@ -82,14 +105,14 @@ def run(args):
 
 
 def check_outputs(args):
-    """Refuse, before any work, an output that could not be written at the end or would destroy an input."""
+    """Refuse, before any work, outputs that cannot be written at the end or would destroy a file."""
     output = Path(args.output)
     if output.suffix != ".gguf":
-        raise InputError(f"{output}: an adapter's name must end in .gguf")
-    refuse_input_as_output(output, args.model, args.data)
+        raise InputError(f"{output}: the name of an adapter must end in .gguf")
+    check_output(args, inputs=(args.model, args.data), replaces=is_adapter)
     ensure_writable(output)
     if args.plot:
         if Path(args.plot).suffix not in PLOT_SUFFIXES:
-            raise InputError(f"{args.plot}: a plot's name must end in {', '.join(PLOT_SUFFIXES)}")
+            raise InputError(f"{args.plot}: the name of a plot must end in {', '.join(PLOT_SUFFIXES)}")
         load_matplotlib()
         ensure_writable(args.plot)

@@ -1,5 +1,7 @@
-"""deltanet-ref vectors: the conformance cases as files, one pair for each case; listed, made and checked."""
+"""deltanet-ref vectors: list the conformance cases, export them as files, rebuild and verify them."""
 from pathlib import Path
+
+from deltanet_ref.errors import counted
 
 EPILOG = """\
 examples:
@@ -13,28 +15,29 @@ def add_arguments(parser):
     parser.epilog = EPILOG
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true",
-                      help="every case with its sizes and flags, and what each flag brings out")
-    what.add_argument("--out", metavar="DIR", help="write each case's inputs and expected answers as files")
-    what.add_argument("--make", metavar="DIR", help="make the vectors of the package anew, from the definition")
+                      help="print every case with its sizes and flags, and the mistakes that each flag reveals")
+    what.add_argument("--out", metavar="DIR", help="write the inputs and expected outputs of each case as files")
+    what.add_argument("--make", metavar="DIR", help="rebuild the package's vectors from the definition, in DIR")
     what.add_argument("--verify", action="store_true",
-                      help="make them anew in memory, and compare with those of the package")
+                      help="rebuild the vectors in memory and compare them with those of the package")
     parser.add_argument("--cases", nargs="+", metavar="PATTERN", default=["*"],
-                        help="case ids, shell patterns or groups (default all)")
-    parser.add_argument("--format", choices=("safetensors", "npz", "gguf"), default="safetensors", help="of --out")
+                        help="case ids, shell patterns or groups (default: all)")
+    parser.add_argument("--format", choices=("safetensors", "npz", "gguf"), default="safetensors",
+                        help="file format of --out: safetensors, npz or gguf (default safetensors)")
 
 
 def run(args):
-    from deltanet_ref.oracle import generate
-    from deltanet_ref.oracle.cases import select
+    from deltanet_ref.oracle.cases import CASES, select
     from deltanet_ref.oracle.expected import VECTORS
+    from deltanet_ref.oracle.make_vectors import ELSEWHERE, verify_vectors, write_vectors
 
     if args.make:
-        generate.write_vectors(args.make)
-        print(f"{len(generate.CASES)} cases written to {args.make}")
+        write_vectors(args.make)
+        print(f"Wrote {counted(len(CASES), 'case')} to {args.make}")
     elif args.verify:
-        wrong = generate.verify_vectors(VECTORS)
-        print("\n".join(wrong) or f"{len(generate.CASES)} cases: sums, metadata and inputs are the same, "
-              f"answers within {generate.ELSEWHERE:g} of their scale")
+        wrong = verify_vectors(VECTORS)
+        print("\n".join(wrong) or f"{counted(len(CASES), 'case')}: checksums, metadata and inputs are equal, "
+              f"outputs agree within {ELSEWHERE:g} of their scale")
         return 1 if wrong else 0
     elif args.list:
         print_list(select(args.cases))
@@ -55,7 +58,8 @@ def print_list(cases):
 
 
 def export(cases, directory, format):
-    """DIR/CASE-ID.in.FORMAT holds the inputs, DIR/CASE-ID.expected.FORMAT the answers, their scales and floors."""
+    """Write the inputs to DIR/CASE-ID.in.FORMAT, the outputs with their scales and noise floors to
+    DIR/CASE-ID.expected.FORMAT."""
     from deltanet_ref.oracle.cases import make_inputs
     from deltanet_ref.oracle.exchange import write_case
     from deltanet_ref.oracle.expected import expected
@@ -66,4 +70,4 @@ def export(cases, directory, format):
         target.parent.mkdir(parents=True, exist_ok=True)
         write_case(f"{target}.in.{format}", inputs)
         write_case(f"{target}.expected.{format}", expected(case).tensors())
-    print(f"{len(cases)} cases written to {directory}, CASE-ID.in.{format} and CASE-ID.expected.{format}")
+    print(f"Wrote {counted(len(cases), 'case')} to {directory}: CASE-ID.in.{format} and CASE-ID.expected.{format}")

@@ -1,18 +1,27 @@
-"""The tokenizer between an HF directory's files and GGUF's metadata, both ways."""
+"""Converts a tokenizer between the files of an HF directory and GGUF metadata."""
 import json
 from pathlib import Path
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 from deltanet_ref.formats.files import read_json
 from deltanet_ref.formats.gguf import StringArray
-from deltanet_ref.formats.tokenizer import (CONTROL, NORMAL, PRE_TOKENIZERS, PREFIX, TEMPLATE_NAMES, UNUSED, Tokenizer,
-                                            special_tokens, tokenizer_metadata)
+from deltanet_ref.formats.tokenizer import (
+    CONTROL,
+    NORMAL,
+    PRE_TOKENIZERS,
+    PREFIX,
+    TEMPLATE_NAMES,
+    UNUSED,
+    Tokenizer,
+    special_tokens,
+    tokenizer_metadata,
+)
 
 
-def read_tokenizer_files(directory, vocab_size):
-    """tokenizer.json and the files beside it -> GGUF's tokenizer.* metadata for an embedding of vocab_size rows.
+def read_tokenizer_files(directory: Path | str, vocab_size: int) -> dict:
+    """Reads tokenizer.json and its companions -> GGUF's tokenizer.* metadata for an embedding of vocab_size rows.
 
-    The ids of the special tokens are those of tokenizer_config.json, else of config.json. Raises InputError.
+    The ids of the special tokens come from tokenizer_config.json, else from config.json. Raises InputError.
     """
     directory = Path(directory)
     template = Tokenizer.from_hf(directory).chat_template
@@ -29,15 +38,15 @@ def read_tokenizer_files(directory, vocab_size):
     return metadata
 
 
-def write_tokenizer_files(directory, metadata):
-    """GGUF's tokenizer.* metadata -> tokenizer.json, tokenizer_config.json and, if it has one, chat_template.jinja.
+def write_tokenizer_files(directory: Path | str, metadata: dict) -> None:
+    """Writes GGUF's tokenizer.* metadata as tokenizer.json, tokenizer_config.json and, if present, chat_template.jinja.
 
-    Raises InputError when it holds no BPE vocabulary that is known here.
+    Raises InputError unless it holds a BPE vocabulary of a known kind.
     """
     directory = Path(directory)
     ggml = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
     if ggml.get("pre") not in PRE_TOKENIZERS or not isinstance(ggml.get("tokens"), (list, StringArray)):
-        raise InputError(f"the tokenizer {ggml.get('pre')!r} cannot be written for HF: known are those of "
+        raise InputError(f"the tokenizer {shown(ggml.get('pre'))} cannot be written for HF: known are those of "
                          f"{', '.join(PRE_TOKENIZERS)}")
     tokens, types = list(ggml["tokens"]), ggml["token_type"]
     added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,

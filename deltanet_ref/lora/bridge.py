@@ -1,25 +1,27 @@
-"""LoRA factors between GGUF's form and PEFT's: names, the order of the V heads, one scale for all or one each.
+"""LoRA factors between GGUF and PEFT: names, the order of the V heads, one scale for all targets or one for each.
 
-What neither form of a plain LoRA can say (DoRA magnitudes, whole modules, biases, factors of other tensors) is listed.
+Anything a plain LoRA cannot express (DoRA magnitudes, whole modules, biases, factors of other tensors) is reported.
 
-The update of a weight is scale B A with A (r, in) and B (out, r): permuting the weight's rows means permuting B's rows,
-permuting its columns means permuting A's columns. The product is never formed.
+The update of a weight is scale B A with A (r, in) and B (out, r): to permute the weight's rows, permute B's rows; to
+permute its columns, permute A's columns. The product is never formed.
 """
 import json
 import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 from deltanet_ref.formats.files import atomic_write, read_json
 from deltanet_ref.formats.quants import quantize
 from deltanet_ref.formats.safetensors import read_safetensors, write_safetensors
+from deltanet_ref.model.config import Config
 from deltanet_ref.model.load import listing, text_model_name
 from deltanet_ref.model.tensors import linear_tensors, v_head_index
 
@@ -28,13 +30,13 @@ FACTOR_TYPES = ("F32", "F16", "BF16")
 _TEXTS = ("task_name", "prompt_prefix")
 _PEFT_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
 
-# fields of adapter_config.json that make it more than scale B A on linear layers, when they hold anything, and the
-# kind of thing that they bring with them
+# fields of adapter_config.json that, unless empty, ask for more than scale B A on linear layers -> their kind in --drop
 _BEYOND_LORA = {"use_dora": "dora", "lora_bias": "bias", "bias": "bias", "modules_to_save": "modules_to_save",
                 **{field: field for field in (
                     "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora", "use_bdlora",
                     "arrow_config", "kasa_config", "monteclora_config")}}
-# a pattern of a foreign file may take for ever: other than plain names are matched in a process that can be ended
+# A regular expression from a file may take exponential time: anything but plain names is matched in a process with a
+# time limit.
 _PLAIN_PATTERN = re.compile(r"[\w.-]*")
 _PATTERN_SECONDS = 5
 _MATCH = r"""
@@ -43,39 +45,39 @@ patterns, modules = json.load(sys.stdin)
 print(json.dumps([[m for m in modules if re.fullmatch(p, m)] for p in patterns]))
 """
 _NOTHING = (None, False, "none", [], {})
-# initialisations that also change the base weights: the factors alone do not carry the model
+# initialisations that also change the base weights: the factors alone do not reproduce the model
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class StoredAdapter(NamedTuple):
-    """An adapter as a file has it."""
+    """An adapter as read from its file."""
     factors: dict           # "<weight>.lora_a" (r, in) and "<weight>.lora_b" (out, r) under GGUF names -> array
     types: dict             # the same names -> "F32", "F16" or "BF16"; absent when stored in another type
     alphas: dict            # target -> alpha, with scale = alpha / r
     order: str              # of the V heads: "grouped" or "tiled"
-    metadata: dict          # task_name, prompt_prefix, invocation_tokens: those that it has
-    strangers: list         # what is no factor of a linear tensor of the model: names, "field = value" of the settings
-    left_out: list          # what was dropped on request
+    metadata: dict          # task_name, prompt_prefix, invocation_tokens, as far as present
+    unexpected: list        # other than factors of the model's linear layers: names, "field = value" of the settings
+    dropped: list           # those of them that --drop names
 
 
-def reorder(factors, config, *, to):
-    """Brings LoRA factors to the V-head order `to`: "tiled" (GGUF) or "grouped" (HF, PEFT).
+def reorder(factors: dict, config: Config, *, to: str) -> dict:
+    """Permutes LoRA factors to the V-head order `to`: "tiled" (GGUF) or "grouped" (HF, PEFT).
 
     factors: "<weight>.lora_a" (r, in) and "<weight>.lora_b" (out, r) -> array. Returns a new dict; factors of weights
-    that have no V heads are the same arrays.
+    without V heads are the same arrays.
     """
     linear, moved = linear_tensors(config), {}
     for name, x in factors.items():
         target, factor = name.rsplit(".", 1)
         spec = linear[target]
-        axis = {"lora_b": 0, "lora_a": 1}[factor]          # of the factor and of the weight alike
+        axis = {"lora_b": 0, "lora_a": 1}[factor]          # the same in the factor and in the weight
         moves = spec.v_heads is not None and spec.v_heads.axis == axis
         moved[name] = np.take(x, v_head_index(spec, config, to=to), axis=axis) if moves else x
     return moved
 
 
-def one_alpha(factors, alphas):
-    """Finds the one alpha of a GGUF adapter: scale = alpha / r for every target.
+def common_alpha(factors: dict, alphas: dict) -> tuple[float, dict, list]:
+    """Chooses the single alpha that a GGUF adapter has, with scale = alpha / r for every target.
 
     factors: float64. alphas: target -> the alpha it needs. The most common one is kept; B of every other target is
     multiplied by the quotient. Returns alpha, factors, the targets changed.
@@ -86,30 +88,29 @@ def one_alpha(factors, alphas):
     return alpha, factors | scaled, folded
 
 
-def read_peft(directory, config, drop=()):
-    """Reads a PEFT LoRA directory -> StoredAdapter: V heads grouped, rank_pattern, alpha_pattern and use_rslora worked
-    into the alphas. drop: kinds or names of things to leave out that are no plain LoRA (`kind`).
+def read_peft(directory: Path | str, config: Config, drop: Sequence[str] = ()) -> StoredAdapter:
+    """Reads a PEFT LoRA directory; the alphas include rank_pattern, alpha_pattern and use_rslora.
 
-    Raises InputError for a directory that cannot be read or contradicts itself.
+    drop: as for split_dropped. Raises InputError for a directory that cannot be read or contradicts itself.
     """
     directory = Path(directory)
     peft = read_json(directory / PEFT_CONFIG)
     if peft.get("peft_type") != "LORA":
         raise InputError(f"{directory}/{PEFT_CONFIG} does not describe a LoRA adapter (peft_type LORA)")
     if str(peft.get("init_lora_weights")).lower().startswith(_BASE_CHANGING):
-        raise InputError(f"{directory}: init_lora_weights = {peft['init_lora_weights']!r} changes the base weights "
-                         "too: export it from PEFT as a plain LoRA first")
+        raise InputError(f"{directory}: init_lora_weights = {shown(peft['init_lora_weights'])} also changes the base "
+                         "weights: export it from PEFT as a plain LoRA first")
     if not (directory / PEFT_WEIGHTS).is_file():
         raise InputError(f"{directory}/{PEFT_WEIGHTS} does not exist: save the adapter with safetensors")
     by_hf_name = {spec.hf_name: name for name, spec in linear_tensors(config).items()}
     stored = read_safetensors(directory / PEFT_WEIGHTS)
     factors, types, modules, wrong_ranks = {}, {}, {}, []
-    strangers = [f"{field} = {peft[field]!r}" for field in _BEYOND_LORA if peft.get(field) not in _NOTHING]
+    unexpected = [f"{field} = {shown(peft[field])}" for field in _BEYOND_LORA if peft.get(field) not in _NOTHING]
     for key in stored:
         match = _PEFT_KEY.fullmatch(key)
         target = match and by_hf_name.get(text_model_name(match["module"]) + ".weight")
         if target is None:
-            strangers.append(key)
+            unexpected.append(key)
             continue
         name = f"{target}.lora_{match['factor'].lower()}"
         factors[name] = stored[key]
@@ -120,32 +121,32 @@ def read_peft(directory, config, drop=()):
     for target, module in modules.items():
         r, shape = scales[module][0], np.shape(factors.get(f"{target}.lora_a", np.empty((scales[module][0], 0))))
         if shape[:1] != (r,):
-            wrong_ranks.append(f"lora_A of {module} is {shape}, {PEFT_CONFIG} says r = {r}")
+            wrong_ranks.append(f"lora_A of {module} is {shape}, {PEFT_CONFIG} has r = {r}")
     if wrong_ranks:
         raise InputError(f"{directory} contradicts itself; " + listing("ranks differ", wrong_ranks))
     metadata = {name: stored.metadata[name] for name in _TEXTS if name in stored.metadata}
     if tokens := peft.get("alora_invocation_tokens"):
         metadata["invocation_tokens"] = invocation_tokens(tokens, f"{directory}/{PEFT_CONFIG}")
     alphas = {target: scales[module][1] for target, module in modules.items()}
-    return StoredAdapter(factors, types, alphas, "grouped", metadata, *split_dropped(strangers, drop))
+    return StoredAdapter(factors, types, alphas, "grouped", metadata, *split_dropped(unexpected, drop))
 
 
-def invocation_tokens(values, where):
-    """Token ids from a file as a list of int. Raises InputError."""
+def invocation_tokens(values, where: Path | str) -> list[int]:
+    """Checks token ids from a file. Raises InputError unless they are a list of integers in 0..2^32 - 1."""
     if not isinstance(values, list) or not all(type(i) is int and 0 <= i < 2 ** 32 for i in values):
-        raise InputError(f"{where}: the invocation tokens are {values!r}, not token ids")
+        raise InputError(f"{where}: the invocation tokens are {shown(values)}, not token ids")
     return values
 
 
-def kind(stranger):
-    """What something in an adapter is that is no factor of a linear layer: the word for it in --drop.
+def drop_kind(entry: str) -> str:
+    """Classify an adapter entry that is not a LoRA factor of a linear layer; returns the name that --drop uses for it.
 
-    stranger: the name of a tensor, or "field = value" of adapter_config.json.
+    entry: the name of a tensor, or "field = value" of adapter_config.json.
     """
-    field, equals, _ = stranger.partition(" = ")
+    field, equals, _ = entry.partition(" = ")
     if equals and field in _BEYOND_LORA:
         return _BEYOND_LORA[field]
-    parts = stranger.split(".")
+    parts = entry.split(".")
     if any(part.startswith("lora_magnitude_vector") for part in parts):
         return "dora"
     if parts[-1] == "bias":
@@ -156,32 +157,32 @@ def kind(stranger):
     return "trainable_token_indices" if "token_adapter" in parts else "modules_to_save"
 
 
-def split_dropped(strangers, drop):
-    """Those that --drop does not name, by kind or by a part of the name, and those that it names."""
-    dropped = [name for name in strangers if kind(name) in drop or any(part in drop for part in name.split("."))]
-    return [name for name in strangers if name not in dropped], dropped
+def split_dropped(entries: Sequence[str], drop: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split into (kept, dropped); --drop matches by kind (drop_kind) or by any dotted part of the name."""
+    dropped = [name for name in entries if drop_kind(name) in drop or any(part in drop for part in name.split("."))]
+    return [name for name in entries if name not in dropped], dropped
 
 
 def _ranks_and_alphas(peft, modules, directory):
-    """module -> r and alpha, for scale = alpha / r. PEFT's own scale is alpha / sqrt(r) with use_rslora."""
+    """module -> (r, alpha), with scale = alpha / r; PEFT's scale with use_rslora is alpha / sqrt(r)."""
     where, scales = f"{directory}/{PEFT_CONFIG}", {}
     ranks, alphas = (_by_module(peft, modules, *names, where)
                      for names in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")))
     for module in modules:
         r, alpha = ranks[module], alphas[module]
         if not all(isinstance(x, int | float) and 0 < abs(x) < 2 ** 31 for x in (r, alpha)) or r != int(r) or r < 1:
-            raise InputError(f"{where}: {module} has rank {r!r} and alpha {alpha!r}: a positive integer and a number "
-                             "other than 0 are needed")
+            raise InputError(f"{where}: {module} has rank {shown(r)} and alpha {shown(alpha)}: the rank must be a "
+                             "positive integer and alpha a number other than 0")
         scales[module] = int(r), alpha * r ** 0.5 if peft.get("use_rslora") else float(alpha)
     return scales
 
 
 def _by_module(peft, modules, patterns, default, where):
-    """module -> the value of the first pattern that matches the end of its path (PEFT's documentation of rank_pattern),
-    else the default."""
+    """module -> the value of the first pattern that matches the end of its path, else the default (PEFT's documentation
+    of rank_pattern)."""
     values = peft.get(patterns) or {}
     if not isinstance(values, dict):
-        raise InputError(f"{where}: {patterns} is {values!r}, not an object")
+        raise InputError(f"{where}: {patterns} is {shown(values)}, not an object")
     ends = [rf"(.*\.)?({pattern})" for pattern in values]
     if all(map(_PLAIN_PATTERN.fullmatch, values)):
         matched = [[m for m in modules if re.fullmatch(end, m)] for end in ends]
@@ -191,24 +192,26 @@ def _by_module(peft, modules, patterns, default, where):
                                   capture_output=True, text=True, timeout=_PATTERN_SECONDS)
             matched = json.loads(done.stdout)
         except (subprocess.TimeoutExpired, ValueError) as error:
-            raise InputError(f"{where}: {patterns} cannot be read: it holds no regular expression, or one that takes "
-                             f"more than {_PATTERN_SECONDS} s; write the modules' names instead") from error
+            raise InputError(f"{where}: {patterns} cannot be read: it holds an invalid regular expression, or one "
+                             f"that takes more than {_PATTERN_SECONDS} s; write the modules' names instead") from error
     return {module: next((value for value, found in zip(values.values(), matched) if module in found),
                          peft.get(default, 8)) for module in modules}
 
 
-def write_peft(directory, factors, types, alpha, config, *, metadata, prefix="model."):
+def write_peft(directory: Path | str, factors: dict, types: dict, alpha: float, config: Config, *, metadata: dict,
+               prefix: str = "model.") -> None:
     """Writes a PEFT LoRA directory: adapter_model.safetensors and adapter_config.json.
 
     factors: in grouped order, under GGUF names; types: name -> "F32", "F16" or "BF16", F32 for the rest; scale =
     alpha / r. prefix: of the module paths, "model." for the text-only HF model, "model.language_model." for the
-    multimodal one. metadata: task_name and prompt_prefix, for which PEFT has no place, go into the weights' header.
+    multimodal one. metadata: PEFT has no fields for task_name and prompt_prefix; they go into the header of the
+    weights. Raises InputError when the directory cannot be written.
     """
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{directory} cannot be made a directory: {error.strerror}") from None
+        raise InputError(f"{directory}: the directory cannot be created: {error.strerror}") from None
     paths = {name: spec.hf_name.removesuffix(".weight").removeprefix("model.")
              for name, spec in linear_tensors(config).items()}
     tensors = {}
@@ -232,7 +235,7 @@ def write_peft(directory, factors, types, alpha, config, *, metadata, prefix="mo
         temporary.write_text(json.dumps(peft, indent=2) + "\n", "utf-8")
 
 
-def encoded(factors, types):
-    """name -> (bytes, gguf's type, shape) of the factors, in types (name -> "F32", "F16", "BF16"; F32 for the rest)."""
+def encoded(factors: dict, types: dict) -> dict:
+    """name -> (bytes, type, shape) of each factor. types: name -> "F32", "F16" or "BF16"; F32 for the rest."""
     kinds = {name: GGMLQuantizationType[types.get(name, "F32")] for name in factors}
     return {name: (quantize(x, kinds[name]), kinds[name], x.shape) for name, x in factors.items()}

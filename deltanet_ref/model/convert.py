@@ -1,9 +1,9 @@
-"""Base models, written tensor by tensor from a GGUF file or an HF directory to either, with changes on the way.
+"""Write base models from a GGUF file or an HF directory to either form, tensor by tensor, with changes on the way.
 
-Matrices take the chosen type; norms, the convolution and the other tensors with one axis stay float32, as the official
-converter has it. What is neither changed nor brought to another type is copied byte for byte, and a GGUF file or HF
-directory keeps what it holds beside the text model (vision, multi-token prediction) as long as it is not turned into
-the other. A tensor is in memory while it is written, no longer.
+Matrices take the chosen type; norms, the convolution and other one-dimensional tensors stay float32, as in the official
+converter. Tensors that are neither changed nor converted are copied byte for byte. A GGUF file written as GGUF, or an
+HF directory written as HF, keeps what it holds in addition to the text model (vision, multi-token prediction). One
+tensor at a time is in memory.
 """
 import json
 import shutil
@@ -16,6 +16,7 @@ import numpy as np
 from gguf import LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as Type
 
+from deltanet_ref import ops
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import atomic_directory, ensure_new_directory, ensure_writable, read_json
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
@@ -25,34 +26,34 @@ from deltanet_ref.formats.tokenizer_files import read_tokenizer_files, write_tok
 from deltanet_ref.model.load import listing, open_hf, weights_from_gguf
 from deltanet_ref.model.tensors import expected_tensors, hf_shape, to_gguf_form, to_hf_form
 
-# what a file can be made of: the type of its matrices, and the number by which llama.cpp shows it
+# --type: the type of the matrices, and llama.cpp's number for such a file
 CHOICES = {"f32": (Type.F32, LlamaFileType.ALL_F32), "f16": (Type.F16, LlamaFileType.MOSTLY_F16),
            "bf16": (Type.BF16, LlamaFileType.MOSTLY_BF16), "q8_0": (Type.Q8_0, LlamaFileType.MOSTLY_Q8_0),
            "q6_k": (Type.Q6_K, LlamaFileType.MOSTLY_Q6_K), "q5_k": (Type.Q5_K, LlamaFileType.MOSTLY_Q5_K_S),
            "q4_k_m": (Type.Q4_K, LlamaFileType.MOSTLY_Q4_K_M), "q4_k": (Type.Q4_K, LlamaFileType.MOSTLY_Q4_K_S),
            "q4_0": (Type.Q4_0, LlamaFileType.MOSTLY_Q4_0)}
-FLOATS = (Type.F32, Type.F16, Type.BF16)            # these an HF directory can hold; their names are safetensors' too
-# llama-quantize's replacements for rows that are not whole blocks
+FLOATS = (Type.F32, Type.F16, Type.BF16)            # what an HF directory can hold, under the same names in safetensors
+# what llama-quantize uses for rows that are not whole blocks
 FALLBACK = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0, Type.Q5_0: Type.F16, Type.Q5_1: Type.F16,
             Type.Q4_0: Type.F16, Type.Q8_0: Type.F16}
 MORE_BITS = ("attn_v.weight", "attn_qkv.weight", "ffn_down.weight")      # Q6_K in some layers of a Q4_K_M file
-COPIED_SUFFIXES = (".json", ".jinja", ".txt")       # what an HF directory has beside its weights
+COPIED_SUFFIXES = (".json", ".jinja", ".txt")       # of the files of an HF directory that are copied along
 
 
 class Written(NamedTuple):
-    """A tensor that was encoded anew, in a type that may not hold its values exactly."""
+    """A tensor that was re-encoded in a type that cannot hold its values exactly."""
     name: str
     type: Type
-    error: float               # |stored - meant| / |meant|, in the root of the sum of squares
-    change: float | None       # |meant - before| / |before|, of a changed tensor
+    error: float               # |stored - exact| / |exact|, Frobenius norms
+    change: float | None       # |exact - before| / |before|, of a changed tensor
 
 
 class GGUFBase:
-    """A base model in a GGUF file: config, notes, and its tensors by GGUF name when they are asked for."""
+    """A base model in a GGUF file: config, notes, and its tensors by GGUF name, read on request."""
 
     def __init__(self, path):
         self.path, self.file = Path(path), read_gguf(path)
-        self.config, _, self.notes = weights_from_gguf(self.file, "float32")
+        self.config, _, self.notes = weights_from_gguf(self.file, "float32", ops)
         self.specs = expected_tensors(self.config)
 
     def type(self, name):
@@ -60,13 +61,13 @@ class GGUFBase:
         return self.file.tensors[name].type
 
     def read(self, name):
-        """The tensor in GGUF's form: float32, but float64 where the two forms differ in value."""
+        """The tensor in GGUF's form: float32, or float64 where GGUF and HF store different values."""
         tensor = self.file.tensors[name]
         return dequantize(tensor.raw, tensor.type, tensor.shape, _working_dtype(self.specs[name]))
 
 
 class HFBase:
-    """The same of an HF directory."""
+    """The same interface for an HF directory."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -83,17 +84,17 @@ class HFBase:
 
 
 def open_base(path):
-    """A GGUF file -> GGUFBase, an HF directory -> HFBase, checked as load_model checks it; no tensor is read."""
+    """GGUFBase for a GGUF file, HFBase for an HF directory, checked as load_model checks them; no tensor is read."""
     return HFBase(path) if Path(path).is_dir() else GGUFBase(path)
 
 
 def writes_gguf(output):
-    """Whether this output means a GGUF file; anything else is an HF directory."""
+    """Whether this output is a GGUF file (its name ends in .gguf) rather than an HF directory."""
     return Path(output).suffix == ".gguf"
 
 
 def check_output(base, output, choice=None, changed=()):
-    """Raises InputError for what write_base would refuse, without writing anything."""
+    """Raises InputError for anything write_base would refuse; nothing is written."""
     ensure_writable(output) if writes_gguf(output) else ensure_new_directory(output)
     _types(base, output, choice, changed)
 
@@ -102,10 +103,10 @@ def write_base(base, output, choice=None, changes=None):
     """Writes a base model: to a GGUF file when output ends in .gguf, else to a new HF directory.
 
     base     GGUFBase or HFBase
-    choice   of CHOICES, the type of the matrices; None keeps each tensor's own (a quantised one becomes f32 in HF)
+    choice   a key of CHOICES, the type of the matrices; None keeps each tensor's own (quantised ones become f32 in HF)
     changes  GGUF name -> function of the tensor (float32, GGUF's form) that returns it changed
-    returns  a Written for each tensor that was encoded anew and lost something by it
-    raises   InputError: a type that the output or our quantisers do not have, an output that cannot be written
+    returns  a Written for each tensor that was re-encoded with a loss
+    raises   InputError: a type that the output or the quantisers do not support, an output that cannot be written
     """
     changes = changes or {}
     types, losses = _types(base, output, choice, changes), []
@@ -117,44 +118,33 @@ def write_base(base, output, choice=None, changes=None):
     return losses
 
 
-def hf_config(config, dtype, special=None):
-    """config.json of the text-only HF model, a dict. special: eos_token_id and the like."""
-    numbers = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-               "head_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
-               "linear_conv_kernel_dim max_position_embeddings tie_word_embeddings").split()
-    return {
-        "architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "dtype": dtype,
-        **{name: getattr(config, name) for name in numbers},
-        "rms_norm_eps": _shortest(config.rms_norm_eps), "layer_types": list(config.layer_types),
-        "rope_parameters": {"rope_type": "default", "rope_theta": _shortest(config.rope_theta),
-                            "partial_rotary_factor": config.partial_rotary_factor,
-                            "mrope_section": list(config.mrope_section), "mrope_interleaved": True},
-        "hidden_act": "silu", "attention_bias": False, "attn_output_gate": True, "mtp_num_hidden_layers": 0,
-        **(special or {}),
-    }
+def hf_config(config, dtype: str, special: dict | None = None) -> dict:
+    """config.json of the text-only HF model. special: eos_token_id and the like."""
+    return config.to_hf() | {"dtype": dtype, "mtp_num_hidden_layers": 0} | (special or {})
 
 
 # ---- types
 
 def _types(base, output, choice, changed):
-    """GGUF name -> the type in which it is written; raises InputError for those that cannot be."""
+    """GGUF name -> the type it is written in; raises InputError for types that cannot be written."""
     if choice is not None and choice not in CHOICES:
         raise InputError(f"the type {choice!r} is unknown: use one of {', '.join(CHOICES)}")
     if writes_gguf(output):
         types = {name: _gguf_type(base, name, choice) for name in base.specs}
     else:
         if choice is not None and CHOICES[choice][0] not in FLOATS:
-            raise InputError(f"an HF directory holds f32, f16 or bf16, not {choice}: give a name that ends in .gguf")
+            raise InputError(f"an HF directory holds f32, f16 or bf16, not {choice}: choose an output name "
+                             "that ends in .gguf")
         types = {name: _hf_type(base, name, choice) for name in base.specs}
     stuck = [f"{name} {types[name].name}" for name in changed if types[name] not in QUANTIZABLE]
     if stuck:
-        raise InputError(f"{base.path}: " + listing("changed tensors have a type that is not written", stuck) +
+        raise InputError(f"{base.path}: " + listing("changed tensors have a type that cannot be written", stuck) +
                          f"; choose another: {', '.join(CHOICES)}")
     return types
 
 
 def _gguf_type(base, name, choice):
-    if not _is_matrix(base.specs[name]):
+    if not base.specs[name].is_matrix:
         return base.type(name) if choice is None and isinstance(base, GGUFBase) else Type.F32
     if choice is None:
         return base.type(name)
@@ -162,7 +152,7 @@ def _gguf_type(base, name, choice):
 
 
 def type_of_matrix(choice, spec, config):
-    """The type of a matrix (of model.tensors) in a GGUF file made as `choice` of CHOICES; as llama-quantize has it."""
+    """The type of a matrix (a TensorSpec) in a GGUF file of type `choice`, as llama-quantize assigns it."""
     kind = CHOICES[choice][0]
     head = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
     if kind not in FLOATS and kind != Type.Q8_0 and spec.name == head:
@@ -176,29 +166,25 @@ def type_of_matrix(choice, spec, config):
 
 
 def _has_more_bits(layer, layers):
-    """Q4_K_M spends more on the first and the last eighth of the layers, and on every third between."""
+    """Q4_K_M spends more bits on the first and the last eighth of the layers, and on every third one between."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _hf_type(base, name, choice):
     kept = base.type(name) if base.type(name) in FLOATS else Type.F32
-    return kept if choice is None or not _is_matrix(base.specs[name]) else CHOICES[choice][0]
+    return kept if choice is None or not base.specs[name].is_matrix else CHOICES[choice][0]
 
 
 def _type_of_matrices(base, types):
-    """The most common one."""
-    return Counter(types[name] for name, spec in base.specs.items() if _is_matrix(spec)).most_common(1)[0][0]
-
-
-def _is_matrix(spec):
-    return len(spec.shape) == 2 and spec.value != "squeeze"
+    """The most common type of a matrix."""
+    return Counter(types[name] for name, spec in base.specs.items() if spec.is_matrix).most_common(1)[0][0]
 
 
 # ---- writing
 
 def _encode(base, types, changes, losses, name, form=lambda x: x):
-    """The bytes of one tensor; what its type loses goes to losses. form: from GGUF's form to the one written."""
+    """The bytes of one tensor; rounding losses are appended to losses. form: from GGUF's form to the one written."""
     x, change = base.read(name), None
     if name in changes:
         before, x = x, changes[name](x)
@@ -245,7 +231,7 @@ def _write_hf(base, directory, types, changes, encode):
     dtype = {Type.F32: "float32", Type.F16: "float16", Type.BF16: "bfloat16"}[_type_of_matrices(base, types)]
     with atomic_directory(directory) as temporary:
         if stored:
-            _copy_beside_weights(base.path, temporary, dtype)
+            _copy_other_files(base.path, temporary, dtype)
         else:
             metadata = base.file.metadata
             special = {f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -262,8 +248,8 @@ def _as_stored(stored, name):
     return tensor.raw, tensor.dtype, tensor.shape
 
 
-def _copy_beside_weights(source, target, dtype):
-    """config.json with its dtype, and the tokenizer's and other small files."""
+def _copy_other_files(source, target, dtype):
+    """config.json with its dtype updated, the tokenizer's files and other small ones."""
     for path in source.iterdir():
         if path.is_file() and path.suffix in COPIED_SUFFIXES and path.name not in (INDEX, "config.json"):
             shutil.copyfile(path, target / path.name)
@@ -283,8 +269,3 @@ def _relative(x, reference):
     """|x - reference| / |reference|."""
     size = np.linalg.norm(reference)
     return float(np.linalg.norm(np.subtract(x, reference)) / size) if size else float(np.linalg.norm(x) > 0)
-
-
-def _shortest(x):
-    """The shortest number that is this one in float32, where GGUF keeps it: 1e-06 again, not 9.999999974752427e-07."""
-    return float(str(np.float32(x)))

@@ -1,44 +1,60 @@
 """What a block is computed with: its tensors, the operators, and its linear maps with the adapters on them."""
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from deltanet_ref.model.layers import FEED_FORWARDS, MIXERS
+from deltanet_ref.ops.lora_linear import LoraCache, Update
+
 
 class Attached(NamedTuple):
-    """An adapter on the model; its updates count scale times."""
+    """An attached adapter and the factor its update is multiplied by."""
     adapter: object           # lora.adapter.Adapter: tensors, scale(target)
     scale: float
     trainable: bool
 
 
-class Update(NamedTuple):
-    """What one adapter adds to one linear map: h b^T."""
-    tensor: str               # "ffn_up.weight"
-    attached: Attached
-    a: np.ndarray             # (r, in)
-    b: np.ndarray             # (out, r)
-    scale: float              # alpha / r and the adapter's own
-    h: np.ndarray             # (B, L, r) scale x a^T
-
-
 class LinearCache(NamedTuple):
-    """Of linear maps that read the same input."""
+    """Kept by linear maps that read the same input."""
     x: np.ndarray             # (B, L, in)
-    updates: list             # an Update for each adapter on each of the maps
+    applied: list             # (tensor, Attached) of each of lora.updates
+    lora: LoraCache
 
 
 class Layer:
     """Block number `index` of a model: layer["ssm_norm.weight"] is its tensor, in the model's dtype."""
 
-    def __init__(self, index, config, weights, ops, adapters):
-        self.index, self.config, self.ops = index, config, ops
-        self._weights, self._adapters = weights, adapters
+    def __init__(self, index: int, config, weights, adapters: dict, observe: Callable | None = None):
+        """observe: called as observe(name, array) with every stage of a trace, "blk.0.q" and "d.blk.0.q"; None: not."""
+        self.index, self.config, self.ops = index, config, weights.backend
+        self.mixer = MIXERS[config.layer_types[index]]
+        self.feed_forward = FEED_FORWARDS[config.feed_forward_types[index]]
+        self._weights, self._adapters, self._observe = weights, adapters, observe
 
-    def name(self, tensor):
+    def name(self, tensor: str) -> str:
+        """The tensor's name in the model."""
         return f"blk.{self.index}.{tensor}"
 
     def __getitem__(self, tensor):
         return self._weights[self.name(tensor)]
+
+    # ---- stages of a trace
+
+    def see(self, **stages):
+        """Pass stages of the forward to the observer, if there is one."""
+        self._pass_on("", stages)
+
+    def see_gradients(self, **stages):
+        """Pass gradients at these stages to the observer, if there is one."""
+        self._pass_on("d.", stages)
+
+    def _pass_on(self, prefix, stages):
+        if self._observe is not None:
+            for stage, array in stages.items():
+                self._observe(f"{prefix}{self.name(stage)}", array)
+
+    # ---- linear maps
 
     def linear_forward(self, tensor, x):
         """y = x W^T + sum over adapters of scale (x A^T) B^T. x (B, L, in) -> y (B, L, out), cache."""
@@ -46,78 +62,66 @@ class Layer:
         return y, cache
 
     def linear_backward(self, tensor, dy, cache, grads, need_dx=True):
-        """dx (B, L, in), or None when nobody needs it; what grads collects goes there."""
+        """dx (B, L, in), or None unless needed; gradients of W, A and B go to grads."""
         return self.linear_maps_backward((tensor,), (dy,), cache, grads, need_dx)
 
     def linear_maps_forward(self, tensors, x):
-        """The y of each of several maps of the same x, in one list, and their cache."""
-        results = self._weights.linear_forward(self.ops, [self.name(tensor) for tensor in tensors], x)
-        updates = self.updates(tensors, x)
-        for update in updates:
-            self.ops.linear_add(results[tensors.index(update.tensor)], update.h, update.b)             # [lora.2]
-        return results, LinearCache(x, updates)
+        """A list with the y of each of several maps of the same x, and their cache."""
+        results = self._weights.linear_forward([self.name(tensor) for tensor in tensors], x)
+        return results, self.update(tensors, x, results)
 
-    def linear_maps_backward(self, tensors, gradients, cache, grads, need_dx=True):
-        """dx, the sum over the maps, or None when nobody needs it. gradients: dy of each map."""
-        ops, dx = self.ops, None
-        for tensor, dy in zip(tensors, gradients):
-            if grads.base:
-                grads.add(self.name(tensor), ops.linear_backward_weight(dy, cache.x))
-            if need_dx:
-                part = self._weights.linear_backward_input(ops, self.name(tensor), dy)
-                dx = part if dx is None else np.add(dx, part, out=dx)
-        updates = [u for u in cache.updates if need_dx or u.attached is grads.trained]
-        if not updates:
-            return dx
-        dy_of = dict(zip(tensors, gradients))
-        dh = [u.scale * ops.linear_backward_input(dy_of[u.tensor], u.b) for u in updates]             # [lora.4]
-        if need_dx:
-            dx += ops.linear_backward_input(np.concatenate(dh, -1), np.concatenate([u.a for u in updates]))   # [lora.6]
-        trained = [(u, dh_u) for u, dh_u in zip(updates, dh) if u.attached is grads.trained]
-        if trained:
-            da = ops.linear_backward_weight(np.concatenate([dh_u for _, dh_u in trained], -1), cache.x)       # [lora.5]
-            for (u, _), da_u in zip(trained, np.split(da, _ends([u for u, _ in trained])[:-1])):
-                grads.add(self.name(u.tensor) + ".lora_a", da_u)
-                grads.add(self.name(u.tensor) + ".lora_b", ops.linear_backward_weight(dy_of[u.tensor], u.h))  # [lora.3]
-        return dx
-
-    def updates(self, tensors, x):
-        """An Update for each adapter on each of the maps of x; h of all of them is one product."""
-        found = []
-        for tensor in tensors:
+    def update(self, tensors, x, results):
+        """Add the adapters' updates to the results of maps of x, in place; None: only their cache is computed."""
+        applied, updates = [], []
+        for i, tensor in enumerate(tensors):
             for attached in self._adapters.values():
                 factors = factors_of(attached.adapter, self.name(tensor))
                 if factors is not None:
-                    a, b = (factor.astype(x.dtype, copy=False) for factor in factors)
-                    scale = attached.scale * attached.adapter.scale(self.name(tensor))
-                    found.append(Update(tensor, attached, a, b, scale, None))
-        if not found:
-            return []
-        h = self.ops.linear_forward(x, np.concatenate([u.a for u in found]))                           # [lora.1]
-        return [u._replace(h=u.scale * h_u) for u, h_u in zip(found, np.split(h, _ends(found)[:-1], axis=-1))]
+                    a, b = (self.ops.xp.asarray(factor, x.dtype) for factor in factors)
+                    applied.append((tensor, attached))
+                    updates.append(Update(i, a, b, attached.scale * attached.adapter.scale(self.name(tensor))))
+        return LinearCache(x, applied, self.ops.lora_forward(results, x, updates))
 
-
-def _ends(updates):
-    """Where the ranks of each end, laid one after the other."""
-    return np.cumsum([len(u.a) for u in updates])
+    def linear_maps_backward(self, tensors, gradients, cache, grads, need_dx=True):
+        """dx, the sum over the maps, or None unless needed. gradients: dy of each map."""
+        ops, dx = self.ops, None
+        for tensor, dy in zip(tensors, gradients, strict=True):
+            if grads.base:
+                grads.add(self.name(tensor), ops.linear_backward_weight(dy, cache.x))
+            if need_dx:
+                part = self._weights.linear_backward_input(self.name(tensor), dy)
+                if dx is None:
+                    dx = part
+                else:
+                    dx += part
+        trained = [attached is grads.trained for _, attached in cache.applied]
+        dx_update, factors = ops.lora_backward(gradients, cache.lora, need_dx, trained)
+        if dx_update is not None:
+            dx += dx_update
+        for (tensor, _), pair in zip(cache.applied, factors, strict=True):
+            if pair is not None:
+                for factor, gradient in zip(("lora_a", "lora_b"), pair, strict=True):
+                    grads.add(f"{self.name(tensor)}.{factor}", gradient)
+        return dx
 
 
 class Gradients(dict):
     """Tensor name -> gradient, and which ones are asked for: all of the base, or the factors of one adapter."""
 
-    def __init__(self, base, trained=None):
+    def __init__(self, base: bool, trained: Attached | None = None):
         super().__init__()
         self.base, self.trained = base, trained
 
     def add(self, name, gradient):
+        """Add to the gradient of this name."""
         self[name] = self[name] + gradient if name in self else gradient
 
     def wanted(self, layer, tensors):
-        """Whether any of these tensors of the layer has a gradient to be collected."""
+        """Whether any of these linear maps of the layer, or anything of the base, needs a gradient."""
         return self.base or any(factors_of(self.trained.adapter, layer.name(t)) is not None for t in tensors)
 
 
 def factors_of(adapter, name):
-    """A (r, in) and B (out, r) of an adapter for a tensor, or None when it leaves that tensor alone."""
+    """A (r, in) and B (out, r) of an adapter for a tensor, or None when it does not adapt that tensor."""
     a = adapter.tensors.get(f"{name}.lora_a")
     return None if a is None else (a, adapter.tensors[f"{name}.lora_b"])

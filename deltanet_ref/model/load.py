@@ -1,4 +1,4 @@
-"""A GGUF file or an HF directory becomes (Config, Weights, notes), or one error that lists all that is wrong."""
+"""Read a GGUF file or an HF directory: (Config, Weights, notes), or one error that lists everything wrong with it."""
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -6,57 +6,57 @@ from pathlib import Path
 import numpy as np
 
 from deltanet_ref.errors import InputError
-from deltanet_ref.formats import quants
 from deltanet_ref.formats.files import read_json
 from deltanet_ref.formats.gguf import read_gguf
 from deltanet_ref.formats.safetensors import read_safetensors
-from deltanet_ref.model.config import Config
+from deltanet_ref.model.config import ARCHITECTURE, Config
 from deltanet_ref.model.tensors import expected_tensors, hf_shape, to_gguf_form
 from deltanet_ref.model.weights import Weights
 
-# what a checkpoint may hold beside the text model: (pattern, what it is)
+# what a checkpoint may hold in addition to the text model: (pattern, what it is)
 _SKIPPED_GGUF = ((r"(v|mm)\.", "vision"), (r"blk\.\d+\.nextn\.", "multi-token prediction"))
 _SKIPPED_HF = ((r"(model\.)?visual\.", "vision"), (r"mtp\.", "multi-token prediction"))
 
 
-def weights_from_gguf(file, dtype, mode="mapped", decoder=quants):
-    """Takes the text model out of an opened GGUF file (a GGUFFile); nothing is decoded yet.
+def weights_from_gguf(file, dtype, backend, mode: str = "mapped") -> tuple[Config, Weights, list]:
+    """The text model in an opened GGUF file (a GGUFFile); nothing is decoded yet.
 
-    dtype: float32 or float64, that of the arrays given later; mode and decoder as of Weights. Returns (Config, Weights,
-    notes: list of str). Raises InputError: another architecture, or all missing, unexpected and misshapen tensors at once.
+    dtype: float32 or float64, of the arrays given later; backend and mode as of Weights. Returns (Config, Weights,
+    notes: list of str). Raises InputError: another architecture, or every tensor that is missing, unexpected or of the
+    wrong shape.
     """
     dtype = model_dtype(dtype)
     if not file.tensors:
-        raise InputError(f"{file.path}: holds no tensors (a vocabulary-only file?): pass the model's own GGUF")
+        raise InputError(f"{file.path}: contains no tensors (a vocabulary-only file?): pass the model's own GGUF")
     found = {name: tensor.shape for name, tensor in file.tensors.items()}
     config = _config(file.path, Config.from_gguf, file.metadata, found)
-    blocks = config.num_hidden_layers + int(file.metadata.get("qwen35.nextn_predict_layers", 0))
+    blocks = config.num_hidden_layers + int(file.metadata.get(f"{ARCHITECTURE}.nextn_predict_layers", 0))
     mtp = "|".join(str(i) for i in range(config.num_hidden_layers, blocks))
     notes = _skip(found, _SKIPPED_GGUF + (((rf"blk\.({mtp})\.", "multi-token prediction"),) if mtp else ()))
     expected = expected_tensors(config)
     _check(file.path, {name: spec.shape for name, spec in expected.items()}, found)
-    weights = Weights(config, {name: file.tensors[name] for name in expected}, dtype, mode, decoder)
-    for name in expected:
-        if name.endswith(".ssm_a") and not np.all(weights[name] < 0):
-            raise InputError(f"{file.path}: {name} must hold -exp(A_log), which is negative, and does not: convert the "
-                             "model again")
+    weights = Weights(config, {name: file.tensors[name] for name in expected}, dtype, backend, mode)
+    for name, spec in expected.items():
+        if spec.value == "minus_exp" and not bool((weights[name] < 0).all()):
+            raise InputError(f"{file.path}: {name} must hold -exp(A_log), which is negative; it has other values: "
+                             "convert the model again")
     return config, weights, notes
 
 
-def weights_from_hf(directory, dtype):
-    """Reads an HF directory (config.json, *.safetensors) and brings each tensor to GGUF's form in the model's dtype.
+def weights_from_hf(directory, dtype, backend) -> tuple[Config, Weights, list]:
+    """Reads an HF directory (config.json, *.safetensors) and converts each tensor to GGUF's form in the model's dtype.
 
-    Names of the text model alone and of the multimodal model are both known. Returns and raises as weights_from_gguf.
+    Accepts the names of the text-only model and of the multimodal model. Returns and raises as weights_from_gguf.
     """
     dtype = model_dtype(dtype)
     config, stored, names, notes = open_hf(directory)
     dense = {name: np.ascontiguousarray(to_gguf_form(stored[names[name]].astype(dtype), spec, config))
              for name, spec in expected_tensors(config).items()}
-    return config, Weights(config, dense, dtype), notes
+    return config, Weights(config, dense, dtype, backend), notes
 
 
 def open_hf(directory):
-    """Opens an HF directory and checks that its tensors make a model; none is brought to GGUF's form yet.
+    """Opens an HF directory and checks that its tensors form a model; none is converted yet.
 
     Returns (Config, SafeTensors, GGUF name -> name in the checkpoint, notes). Raises as weights_from_gguf.
     """
@@ -79,7 +79,7 @@ def open_hf(directory):
 
 
 def read_config(path):
-    """The Config of a GGUF file or an HF directory; no tensor is looked at. Raises InputError."""
+    """The Config of a GGUF file or an HF directory; no tensor is read. Raises InputError."""
     path = Path(path)
     if path.is_dir():
         return _config(path, Config.from_hf, read_json(path / "config.json"))
@@ -91,14 +91,15 @@ def model_dtype(dtype):
     """np.dtype of "float32" or "float64"; raises InputError for any other, bfloat16 included."""
     name = str(dtype) if isinstance(dtype, str) else np.dtype(dtype).name
     if name == "bfloat16":
-        raise InputError("bfloat16 belongs to the GPU path, which this version does not have: use dtype='float32'")
+        raise InputError("bfloat16 needs the GPU backend, which this version does not have: use dtype='float32'")
     if name not in ("float32", "float64"):
         raise InputError(f"dtype {name!r} is unknown: use 'float32' or 'float64'")
     return np.dtype(name)
 
 
 def text_model_name(name):
-    """The name in the text-only HF model of a tensor or module of the multimodal one; other names are unchanged."""
+    """The text-only HF model's name for a tensor or module of the multimodal one; other names are returned
+    unchanged."""
     for prefix, text_prefix in (("model.language_model.", "model."), ("language_model.model.", "model."),
                                 ("language_model.lm_head.", "lm_head."), ("language_model.", "model.")):
         if name.startswith(prefix):
@@ -107,7 +108,7 @@ def text_model_name(name):
 
 
 def listing(kind, names, most=8):
-    """'3 missing: a, b, c' with at most `most` names written out; '' for none."""
+    """'3 missing: a, b, c', with at most `most` names; '' for an empty list."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{len(names)} {kind}: {', '.join(names[:most])}{more}" if names else ""
@@ -121,7 +122,7 @@ def _config(where, read, *arguments):
 
 
 def _skip(found, patterns):
-    """Takes the tensors that match a pattern out of found; returns one note for each kind taken out."""
+    """Removes the tensors that match a pattern from found; returns one note for each kind removed."""
     counts = {}
     for name in list(found):
         kind = next((kind for pattern, kind in patterns if re.match(pattern, name)), None)
@@ -132,11 +133,12 @@ def _skip(found, patterns):
 
 
 def _check(where, expected, found):
-    """Raises InputError that lists every tensor missing, misshapen or unexpected. Both: dict name -> shape."""
-    misshapen = [f"{name} is {tuple(found[name])}, not {shape}" for name, shape in expected.items()
+    """Raises InputError that lists every tensor that is missing, unexpected or of the wrong shape. Both: dict name ->
+    shape."""
+    wrong = [f"{name} is {tuple(found[name])}, not {shape}" for name, shape in expected.items()
                  if name in found and tuple(found[name]) != shape]
     problems = [listing("missing", [name for name in expected if name not in found]),
                 listing("unexpected", [name for name in found if name not in expected]),
-                listing("misshapen against the file's own configuration", misshapen)]
+                listing("with the wrong shape", wrong)]
     if any(problems):
-        raise InputError(f"{where}: the tensors do not make a Qwen3.5 model: " + "; ".join(p for p in problems if p))
+        raise InputError(f"{where}: the tensors do not form a Qwen3.5 model: " + "; ".join(p for p in problems if p))

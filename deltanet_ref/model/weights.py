@@ -1,4 +1,4 @@
-"""The model's tensors by GGUF name: stored as in the file, brought to the model's dtype when used."""
+"""The model's tensors by GGUF name: stored as in the file, converted to the model's dtype when used."""
 import math
 import os
 from collections.abc import Mapping
@@ -9,55 +9,65 @@ from gguf import GGMLQuantizationType as Type
 
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
+from deltanet_ref.formats.gguf import GGUFTensor
 from deltanet_ref.model.tensors import expected_tensors
 
 MODES = ("auto", "mapped", "expanded")
-SHARE = 0.5                   # of the available memory that tensors may take which "auto" keeps decoded
+SHARE = 0.5                   # of the available memory, for tensors that "auto" keeps decoded
 
 
 class Weights(Mapping):
     """GGUF name -> array of the model's dtype, in network order.
 
     A stored tensor is a GGUFTensor (its bytes stay in the file's map, quantised) or a dense array. Dense arrays, and
-    float32 tensors in a float32 model, come without a copy: do not write into them, replace them by w[name] = array.
+    float32 tensors in a float32 model, are returned without a copy: do not write into them, replace them by
+    w[name] = array. A tensor with values that are not finite raises InputError when it is first used.
 
-    mode     "mapped": a tensor is decoded at each use. "expanded": once, when it is first needed as a whole, and kept in
-             the model's dtype. "auto": mapped where the decoder is fast, which costs 2 % of a pass over many tokens;
-             the others expanded, if together they take at most SHARE of the available memory
-    decoder  what decodes: formats.quants, or a backend with a dequantize of its own and with `decodes`, which tells the
-             types that are fast
+    stored   name -> GGUFTensor or array
+    mode     "mapped": a tensor is decoded at each use. "expanded": once, when it is first needed as a whole, and kept
+             in the model's dtype. "auto": mapped where the backend decodes the type fast, which costs 2 % of a pass
+             over many tokens; the others expanded, if together they take at most SHARE of the available memory
+    backend  backends.interface.Backend: where the arrays live and what multiplies them
     """
 
-    def __init__(self, config, stored, dtype, mode="mapped", decoder=quants):
-        self.dtype = np.dtype(dtype)
+    def __init__(self, config, stored: Mapping, dtype, backend, mode: str = "mapped"):
+        self.dtype, self.backend = np.dtype(dtype), backend
         self._shapes = {name: spec.shape for name, spec in expected_tensors(config).items()}
-        self._stored, self._decoder = {name: self._plain(tensor) for name, tensor in stored.items()}, decoder
+        self._stored = {name: self._plain(tensor) for name, tensor in stored.items()}
         self._kept = dict.fromkeys(self._to_keep(mode))          # name -> array, None until it is needed
+        self._checked = set()                                    # names of tensors known to be finite
 
     def _plain(self, tensor):
-        """A tensor that is stored in the model's dtype as an array, the others as they are."""
-        dense = isinstance(tensor, np.ndarray)
-        if not dense and tensor.type in quants.PLAIN and quants.PLAIN[tensor.type] == self.dtype:
-            return quants.dequantize(tensor.raw, tensor.type, tensor.shape, self.dtype)
-        return tensor
+        """A dense tensor, or one stored in the model's dtype, as an array of the backend; the others as they are."""
+        if isinstance(tensor, GGUFTensor):
+            if tensor.type not in quants.PLAIN or quants.PLAIN[tensor.type] != self.dtype:
+                return tensor
+            tensor = quants.dequantize(tensor.raw, tensor.type, tensor.shape, self.dtype)
+        return self.backend.xp.asarray(tensor)
 
     def _to_keep(self, mode):
         if mode not in MODES:
             raise InputError(f"weights={mode!r} is unknown: use {', '.join(map(repr, MODES))}")
-        stored = [name for name, tensor in self._stored.items() if not isinstance(tensor, np.ndarray)]
+        stored = [name for name in self._stored if self._is_stored(name)]
         if mode == "expanded":
             return stored
         slow = [name for name in stored if mode == "auto" and not self._decodes(name)]
         size = sum(math.prod(self.shape(name)) for name in slow) * self.dtype.itemsize
         return slow if size <= SHARE * available_memory() else []
 
+    def _is_stored(self, name):
+        """Whether the tensor is kept in the bytes of a file, not as an array."""
+        return isinstance(self._stored[name], GGUFTensor)
+
     def _decodes(self, name):
-        tensor = self._stored[name]
-        return hasattr(self._decoder, "decodes") and self._decoder.decodes(tensor.type, tensor.shape)
+        """Whether the backend decodes a stored tensor itself."""
+        tensor, stored = self._stored[name], self.backend.stored
+        return stored is not None and stored.decodes(tensor.type, tensor.shape)
 
     def __getitem__(self, name):
+        self._check(name)
         tensor = self._stored[name]
-        if isinstance(tensor, np.ndarray):
+        if not self._is_stored(name):
             return tensor
         if name not in self._kept:
             return self._decode(tensor.raw, tensor.type, tensor.shape)
@@ -65,60 +75,80 @@ class Weights(Mapping):
             self._kept[name] = self._decode(tensor.raw, tensor.type, tensor.shape)
         return self._kept[name]
 
-    def rows(self, name, ids):
-        """w[name][ids], (n, D) for int ids (n,) or a slice: only these rows are decoded, or, of what is kept, with a slice
-        all."""
-        tensor = self._stored[name]
-        if isinstance(tensor, np.ndarray) or name in self._kept and isinstance(ids, slice):
+    def rows(self, name: str, ids):
+        """w[name][ids], (n, D) for int ids (n,) or a slice.
+
+        Decodes only these rows; a slice of an expanded tensor decodes and keeps the whole tensor.
+        """
+        if not self._is_stored(name) or name in self._kept and isinstance(ids, slice):
             return self[name][ids]
+        self._check(name)
+        tensor = self._stored[name]
         raw = quants.rows(tensor.raw, tensor.type, tensor.shape, ids)
         count = len(range(*ids.indices(tensor.shape[0]))) if isinstance(ids, slice) else len(ids)
         return self._decode(raw, tensor.type, (count, *tensor.shape[1:]))
 
     def _decode(self, raw, type, shape):
-        return self._decoder.dequantize(raw, type, shape, self.dtype)
+        if self.backend.stored is not None:
+            return self.backend.stored.dequantize(raw, type, shape, self.dtype)
+        return self.backend.xp.asarray(quants.dequantize(raw, type, shape, self.dtype))
 
-    def linear_forward(self, ops, names, x):
+    def _check(self, name):
+        """Raise InputError, when the tensor is first used, if it holds NaN or infinity."""
+        if name in self._checked:
+            return
+        tensor = self._stored[name]
+        if not (quants.stored_finite(tensor.raw, tensor.type) if self._is_stored(name) else self._is_finite(tensor)):
+            raise InputError(f"{name} holds values that are not finite (NaN or infinity): the file is damaged or its "
+                             "training diverged; download or convert the model again")
+        self._checked.add(name)
+
+    def _is_finite(self, array):
+        """The sum first, which NaN and infinity reach; it can also overflow."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return bool(self.backend.xp.isfinite(array.sum())) or bool(self.backend.xp.isfinite(array).all())
+
+    def linear_forward(self, names: list, x) -> list:
         """y = x w^T for several tensors w: x (..., in) -> list of y (..., out).
 
-        A backend that multiplies stored tensors does so, all of names in one go: with few rows of x always, otherwise
-        where w is not kept.
+        A backend that multiplies stored tensors does so, all of names in one call: always with few rows of x, otherwise
+        where w is not kept decoded.
         """
-        few = x.size <= getattr(ops, "FEW", 0) * x.shape[-1]
-        as_stored = [name for name in names if self._multiplied_as_stored(ops, name) and (few or name not in self._kept)]
+        ops = self.backend
+        few = ops.stored is not None and x.size <= ops.stored.few_rows * x.shape[-1]
+        as_stored = [name for name in names if self._multiplied_as_stored(name) and (few or name not in self._kept)]
         results = {}
         if as_stored:
-            products = ops.stored_linear_forward(x, [self._stored[name] for name in as_stored])
-            results = dict(zip(as_stored, products))
+            for name in as_stored:
+                self._check(name)
+            products = ops.stored.linear_forward(x, [self._stored[name] for name in as_stored])
+            results = dict(zip(as_stored, products, strict=True))
         return [results[name] if name in results else ops.linear_forward(x, self[name]) for name in names]
 
-    def linear_backward_input(self, ops, name, dy):
+    def linear_backward_input(self, name: str, dy):
         """dx = dy w: dy (..., out) -> dx (..., in)."""
-        if name not in self._kept and self._multiplied_as_stored(ops, name):
-            return ops.stored_linear_backward_input(dy, self._stored[name])
-        return ops.linear_backward_input(dy, self[name])
+        if name not in self._kept and self._multiplied_as_stored(name):
+            return self.backend.stored.linear_backward_input(dy, self._stored[name])
+        return self.backend.linear_backward_input(dy, self[name])
 
-    def _multiplied_as_stored(self, ops, name):
-        tensor = self._stored[name]
-        return (not isinstance(tensor, np.ndarray) and self.dtype == np.float32 and hasattr(ops, "stored_linear_forward")
-                and ops.decodes(tensor.type, tensor.shape))
+    def _multiplied_as_stored(self, name):
+        return self._is_stored(name) and self.dtype == np.float32 and self._decodes(name)
 
     def __setitem__(self, name, array):
-        array = np.asarray(array, self.dtype)
+        array = self.backend.xp.asarray(array, self.dtype)
         if array.shape != self.shape(name):
             raise InputError(f"{name} is {self.shape(name)}, it cannot be replaced by an array of {array.shape}")
         self._stored[name] = array
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple:
         """The tensor's shape, rows first; nothing is decoded."""
         return self._shapes[name]
 
-    def stored_type(self, name):
-        """The type in which the tensor is kept, a gguf.GGMLQuantizationType."""
-        tensor = self._stored[name]
-        if isinstance(tensor, np.ndarray):
-            return Type.F64 if tensor.dtype == np.float64 else Type.F32
-        return tensor.type
+    def stored_type(self, name: str) -> Type:
+        """The type in which the tensor is kept."""
+        if self._is_stored(name):
+            return self._stored[name].type
+        return Type.F64 if self._stored[name].dtype == np.float64 else Type.F32
 
     def __contains__(self, name):
         return name in self._shapes
@@ -130,8 +160,8 @@ class Weights(Mapping):
         return len(self._shapes)
 
 
-def available_memory():
-    """Bytes that can be taken without swapping: what Linux estimates, elsewhere half of all memory."""
+def available_memory() -> int:
+    """Bytes that can be allocated without swapping: Linux's estimate, elsewhere half of all memory."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

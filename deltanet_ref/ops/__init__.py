@@ -1,4 +1,7 @@
-"""The operations of the model, each forward with its backward; this module is the default backend object."""
+"""The operators of the model, each forward with its backward, in NumPy. This module is the reference backend
+(backends/interface.py lists what a backend must have)."""
+import numpy as np
+
 from deltanet_ref.ops.adamw import adamw_update
 from deltanet_ref.ops.causal_conv1d import causal_conv1d_backward, causal_conv1d_forward
 from deltanet_ref.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
@@ -9,7 +12,7 @@ from deltanet_ref.ops.gated_delta_rule import chunk_backward as gated_delta_rule
 from deltanet_ref.ops.gated_delta_rule import chunk_forward as gated_delta_rule_forward
 from deltanet_ref.ops.gated_delta_rule import recurrent_step as gated_delta_rule_step
 from deltanet_ref.ops.l2_norm import l2_norm_backward, l2_norm_forward
-from deltanet_ref.ops.linear import linear_add, linear_backward_input, linear_backward_weight, linear_forward
+from deltanet_ref.ops.linear import linear_backward_input, linear_backward_weight, linear_forward
 from deltanet_ref.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from deltanet_ref.ops.lora_linear import lora_backward, lora_forward
 from deltanet_ref.ops.rms_norm import (gated_rms_norm_backward, gated_rms_norm_forward, rms_norm_backward,
@@ -19,15 +22,10 @@ from deltanet_ref.ops.softmax_attention import (sigmoid_gate_backward, sigmoid_g
                                                 softmax_attention_backward, softmax_attention_forward)
 from deltanet_ref.ops.swiglu import swiglu_backward, swiglu_forward
 
-__all__ = [
-    "adamw_update", "causal_conv1d_forward", "causal_conv1d_backward",
-    "cross_entropy_forward", "cross_entropy_backward",
-    "decay_gate_forward", "decay_gate_backward", "embedding_forward", "embedding_backward",
-    "gated_delta_rule_forward", "gated_delta_rule_backward", "gated_delta_rule_step",
-    "l2_norm_forward", "l2_norm_backward", "linear_forward", "linear_add", "linear_backward_input",
-    "linear_backward_weight", "linear_cross_entropy_forward", "linear_cross_entropy_backward",
-    "lora_forward", "lora_backward", "rms_norm_forward", "rms_norm_backward", "gated_rms_norm_forward",
-    "gated_rms_norm_backward", "rope_tables", "rope_forward", "rope_backward", "softmax_attention_forward",
-    "softmax_attention_backward", "sigmoid_gate_forward", "sigmoid_gate_backward", "swiglu_forward",
-    "swiglu_backward", "sigmoid", "silu", "silu_derivative", "softplus",
-]
+name, xp = "numpy", np
+device = set_threads = stored = delta_layer_step = None                    # optional capabilities that it lacks
+
+
+def to_host(x):
+    """The array itself: NumPy's arrays are on the host."""
+    return np.asarray(x)

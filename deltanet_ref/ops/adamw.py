@@ -13,7 +13,7 @@ def adamw_update(p, g, m, v, *, t, lr, betas, eps, weight_decay):
         v <- beta2 v + (1 - beta2) g^2                      v^ = v / (1 - beta2^t)
         p <- p - lr m^ / (sqrt(v^) + eps)
 
-    p, g, m, v are of one shape; betas (beta1, beta2), lr, eps and weight_decay numbers.
+    p, g, m, v have the same shape; betas is (beta1, beta2); lr, eps and weight_decay are numbers.
     """
     beta1, beta2 = betas
     if weight_decay:

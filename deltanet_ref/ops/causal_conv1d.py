@@ -18,10 +18,10 @@ class CausalConv1dCache(NamedTuple):
 
 
 def causal_conv1d_forward(x, w, *, state=None, cu_seqlens=None):
-    """y_t = SiLU(sum over i of w_i x_{t - (K-1) + i}), each channel by itself [conv.1..3].
+    """y_t = SiLU(sum over i of w_i x_{t - (K-1) + i}), channel by channel [conv.1..3].
 
     x           (B, L, ch)
-    w           (ch, K); w[:, K-1] meets the current token
+    w           (ch, K); w[:, K-1] multiplies the current token
     state       (N_seq, K-1, ch) the last K-1 inputs before each sequence, oldest first; None for zeros
     cu_seqlens  (N_seq + 1,) start of each packed sequence, with B = 1; N_seq is B without it
     returns     y (B, L, ch), state_end shaped as state, cache
@@ -70,7 +70,7 @@ def causal_conv1d_backward(dy, dstate_end, cache, need_dw=True):
 
 
 def _sequences(cu_seqlens, L):
-    """(index into states, row of the batch, tokens) of each sequence; a dense batch goes all rows at once."""
+    """(index into states, row of the batch, tokens) of each sequence; a dense batch is one entry with all its rows."""
     if cu_seqlens is None:
         return [(slice(None), slice(None), slice(0, L))]
     return [(slice(n, n + 1), slice(0, 1), slice(start, stop))

@@ -5,7 +5,7 @@ import numpy as np
 
 from deltanet_ref.errors import InputError
 
-ROWS = 64                     # rows at a time, so that exp(logits) stays a small temporary
+ROWS = 64                     # rows at a time, which bounds the temporary exp(logits)
 
 
 class CrossEntropyCache(NamedTuple):
@@ -21,7 +21,7 @@ class CrossEntropyCache(NamedTuple):
 def cross_entropy_forward(logits, labels, *, ignore_index=-100, count=None):
     """loss = sum over kept rows of -log softmax(logits)[label], divided by count [xent.1..4].
 
-    logits (n, V), labels int (n,), rows with label ignore_index are left out
+    logits (n, V), labels int (n,); rows with label ignore_index do not contribute
     count   the divisor; None means the number of kept rows
     returns loss (a scalar in the dtype of logits; 0 when nothing is kept), cache
     raises  InputError for a kept label outside 0..V-1, labels of another length, or count < 1
@@ -55,7 +55,8 @@ def cross_entropy_backward(dloss, cache):
 
 
 def kept_rows(labels, n, V, ignore_index, count):
-    """Which of n rows count, bool (n,), and the divisor of their loss. Raises InputError as cross_entropy_forward."""
+    """Which of n rows contribute, bool (n,), and the divisor of the loss. Raises InputError as
+    cross_entropy_forward."""
     if labels.shape != (n,):
         raise InputError(f"labels have shape {labels.shape}; for {n} rows they must be ({n},)")
     kept = labels != ignore_index

@@ -11,7 +11,7 @@ from deltanet_ref.ops.elementwise import sigmoid, softplus
 
 
 class DecayGateCache(NamedTuple):
-    """Kept by decay_gate_forward; float64 stands for complex128 when the arguments are complex."""
+    """Kept by decay_gate_forward; complex128 in place of float64 when the arguments are complex."""
     x: np.ndarray             # (B, L, H_v) a + dt_bias, float64
     A: np.ndarray             # (H_v,) exp(A_log), float64
     softplus: np.ndarray      # (B, L, H_v) softplus(x), float64

@@ -1,4 +1,4 @@
-"""Sigmoid, SiLU and softplus: stable at any argument, real or complex. Derivation: docs/derivations/gates.md."""
+"""Sigmoid, SiLU and softplus, stable for any real or complex argument. Derivation: docs/derivations/gates.md."""
 import numpy as np
 
 
@@ -9,7 +9,7 @@ def sigmoid(x):
         e = np.exp(np.where(positive, -x, x))                              # |e| <= 1 on both sides
         return np.where(positive, 1, e) / (1 + e)
     y = np.negative(x)
-    with np.errstate(over="ignore"):                                       # exp(-x) = inf gives the right 0
+    with np.errstate(over="ignore"):                                       # exp(-x) = inf gives the correct 0
         np.exp(y, out=y)
     y += 1
     return np.divide(1, y, out=y)

@@ -1,6 +1,5 @@
-"""Rows of a table by token. Derivation: docs/derivations/linear-and-lora.md."""
+"""Embedding: rows of a table by token. Derivation: docs/derivations/linear-and-lora.md."""
 import numpy as np
-from scipy import sparse
 
 from deltanet_ref.errors import InputError
 
@@ -18,7 +17,10 @@ def embedding_forward(tokens, w):
 
 def embedding_backward(dx, tokens, vocab_size):
     """dw_v = sum of dx_t over the t with token_t = v [embed.2]. dx (..., D), tokens (...,) -> dw (V, D)."""
-    dx = dx.reshape(-1, dx.shape[-1])
-    n = len(dx)
-    one_hot = sparse.csr_array((np.ones(n, dx.dtype), (tokens.reshape(-1), np.arange(n))), shape=(vocab_size, n))
-    return one_hot @ dx
+    dx, tokens = dx.reshape(-1, dx.shape[-1]), tokens.reshape(-1)
+    dw = np.zeros((vocab_size, dx.shape[1]), dx.dtype)
+    if len(tokens):
+        order = np.argsort(tokens, kind="stable")                          # all uses of a token are adjacent now
+        used, starts = np.unique(tokens[order], return_index=True)
+        dw[used] = np.add.reduceat(dx[order], starts, axis=0)
+    return dw

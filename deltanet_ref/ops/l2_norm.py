@@ -1,11 +1,11 @@
-"""Rows of (nearly) unit length. Derivation: docs/derivations/norms.md."""
+"""L2 normalisation of rows. Derivation: docs/derivations/norms.md."""
 from typing import NamedTuple
 
 import numpy as np
 
 
 class L2NormCache(NamedTuple):
-    """Kept by l2_norm_forward; x is not needed again."""
+    """Kept by l2_norm_forward; backward does not need x."""
     y: np.ndarray             # (..., d)
     r: np.ndarray             # (..., 1) the factor 1 / sqrt(sum x^2 + eps)
 

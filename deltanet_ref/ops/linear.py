@@ -1,4 +1,4 @@
-"""The linear map of rows. Derivation: docs/derivations/linear-and-lora.md."""
+"""Linear maps, row by row. Derivation: docs/derivations/linear-and-lora.md."""
 from deltanet_ref.errors import InputError
 
 
@@ -13,7 +13,7 @@ def linear_forward(x, w):
 
 
 def linear_add(y, x, w):
-    """y += x w^T, in the place of y. x (..., in), w (out, in), y (..., out)."""
+    """y += x w^T, in place. x (..., in), w (out, in), y (..., out)."""
     y += linear_forward(x, w)
 
 

@@ -11,7 +11,7 @@ from deltanet_ref.ops.elementwise import sigmoid, silu
 
 
 class RMSNormCache(NamedTuple):
-    """Kept by rms_norm_forward; the normalised row n = x r is recomputed."""
+    """Kept by rms_norm_forward; the normalised rows n = x r are recomputed."""
     x: np.ndarray             # (..., d)
     r: np.ndarray             # (..., 1) the factor 1 / sqrt(mean x^2 + eps)
     w: np.ndarray             # (d,)
@@ -28,7 +28,7 @@ class GatedRMSNormCache(NamedTuple):
 def rms_norm_forward(x, w, eps):
     """y = x / sqrt(mean(x^2) + eps) * w over the last axis [norm.5..6].
 
-    x (..., d), w (d,), which holds 1 + w already where the model stores w -> y (..., d), cache.
+    x (..., d), w (d,); a checkpoint that stores w needs 1 + w here -> y (..., d), cache.
     Raises InputError when w does not have the size of a row.
     """
     r = _inverse_rms(x, w, eps)                                            # 1  r = (mean x^2 + eps)^-1/2
@@ -86,7 +86,7 @@ def gated_rms_norm_backward(dy, cache, need_dw=True):
 def _inverse_rms(x, w, eps):
     d = x.shape[-1]
     if w.shape != (d,):
-        raise InputError(f"the norm's weight has shape {w.shape}; it must be ({d},), one number per feature of x")
+        raise InputError(f"the norm's weight has shape {w.shape}; it must be ({d},), one value per feature of x")
     r = np.einsum("...d,...d->...", x, x)[..., None]
     r /= d
     r += eps

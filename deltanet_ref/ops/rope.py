@@ -8,18 +8,18 @@ from deltanet_ref.errors import InputError
 
 
 def rope_tables(positions, rotary_dim, theta, sections=None, dtype=np.float32):
-    """cos and sin of position times theta^(-2 j / rotary_dim) [rope.1..2]; angles in float64, then rounded to dtype.
+    """cos and sin of position * theta^(-2 j / rotary_dim) [rope.1..2]; angles in float64, results in dtype.
 
     positions   (L,) text, or (3, L) time, height, width of each token
-    rotary_dim  features that rotate, an even number
-    sections    frequencies per axis (t, h, w); needed for (3, L). Frequency j turns with h if j % 3 == 1 and
-                j < 3 sections[1], with w if j % 3 == 2 and j < 3 sections[2], else with t
+    rotary_dim  features that are rotated, an even number
+    sections    frequencies per axis (t, h, w); needed for (3, L). Frequency j follows h if j % 3 == 1 and
+                j < 3 sections[1], w if j % 3 == 2 and j < 3 sections[2], else t
     returns     cos, sin (L, rotary_dim / 2)
     raises      InputError for an odd rotary_dim or positions of another shape
     """
     positions = np.asarray(positions, np.float64)
     if rotary_dim % 2:
-        raise InputError(f"rotary_dim is {rotary_dim}; features rotate in pairs, so it must be even")
+        raise InputError(f"rotary_dim is {rotary_dim}; features are rotated in pairs, so it must be even")
     if positions.ndim == 2 and (len(positions) != 3 or sections is None):
         raise InputError(f"positions have shape {positions.shape}; they must be (L,), or (3, L) with sections")
     j = np.arange(rotary_dim // 2)
@@ -33,7 +33,7 @@ def rope_tables(positions, rotary_dim, theta, sections=None, dtype=np.float32):
 
 
 def rope_forward(x, cos, sin):
-    """Rotate the pairs (x_j, x_{j + R/2}) of the first R features by the token's angle, the rest unchanged [rope.3].
+    """Rotate the pairs (x_j, x_{j + R/2}) of the first R features by the token's angle; the rest is unchanged [rope.3].
 
     x (B, L, H, d), cos, sin (L, R/2) -> y (B, L, H, d). Raises InputError when the tables do not fit.
     """

@@ -1,16 +1,16 @@
-"""Packed sequences: cu_seqlens says where each one starts."""
+"""Packed sequences: cu_seqlens holds the offset at which each one starts."""
 import numpy as np
 
 from deltanet_ref.errors import InputError
 
 
 def sequence_boundaries(B, L, cu_seqlens):
-    """cu_seqlens as an int array (N_seq + 1,); a dense batch is B sequences of L tokens."""
+    """cu_seqlens as an int64 array (N_seq + 1,); a dense batch is B sequences of L tokens. Raises InputError."""
     if cu_seqlens is None:
         return np.arange(B + 1) * L
     cu = np.asarray(cu_seqlens)
     if B != 1:
         raise InputError(f"cu_seqlens packs sequences along L and needs B = 1, not B = {B}")
     if cu.ndim != 1 or len(cu) < 2 or cu.dtype.kind not in "iu" or cu[0] != 0 or cu[-1] != L or (np.diff(cu) < 0).any():
-        raise InputError(f"cu_seqlens must be whole numbers rising from 0 to L = {L}; it is {cu.tolist()}")
+        raise InputError(f"cu_seqlens must be integers that do not decrease, from 0 to L = {L}; it is {cu.tolist()}")
     return cu.astype(np.int64)

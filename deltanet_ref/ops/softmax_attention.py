@@ -17,7 +17,7 @@ ROWS = 128                    # query tokens at a time: the scores in memory are
 class SoftmaxAttentionCache(NamedTuple):
     """Kept by softmax_attention_forward; the probabilities P are recomputed, ROWS tokens at a time.
 
-    The log-sum-exp of a row is kept in two parts: as one number it would cost P its digits where scores are large.
+    The log-sum-exp of a row is kept in two parts: one number would lose the digits of P where scores are large.
     """
     q: np.ndarray             # (B, L, H, d)
     k: np.ndarray             # (B, M, H_kv, d)
@@ -39,7 +39,7 @@ def softmax_attention_forward(q, k, v, *, scale=None, cu_seqlens=None):
     """o_i = sum over j <= i of P_ij v_j, P = softmax of the scores scale q_i . k_j over j [attn.1..4].
 
     q           (B, L, H, d)
-    k           (B, M, H_kv, d), M >= L: the first M - L keys are the past, which every query sees
+    k           (B, M, H_kv, d), M >= L: the first M - L keys are the past, visible to every query
     v           (B, M, H_kv, d_v); query head h reads key head h // (H / H_kv)
     scale       factor of the scores; None means d ** -0.5
     cu_seqlens  (N_seq + 1,) start of each packed sequence, with B = 1 and no past
@@ -89,7 +89,7 @@ def softmax_attention_backward(do, cache):
 
 
 def sigmoid_gate_forward(o, gate):
-    """y = o * sigmoid(gate) [attn.10]. o, gate of one shape -> y, cache. Raises InputError when shapes differ."""
+    """y = o * sigmoid(gate) [attn.10]. o and gate of one shape -> y, cache. Raises InputError when shapes differ."""
     if o.shape != gate.shape:
         raise InputError(f"o has shape {o.shape} and its gate {gate.shape}; they must be the same")
     y = sigmoid(gate)
@@ -98,7 +98,7 @@ def sigmoid_gate_forward(o, gate):
 
 
 def sigmoid_gate_backward(dy, cache):
-    """Gradients of sigmoid_gate_forward [attn.11]. dy -> do, dgate, all of one shape."""
+    """Gradients of sigmoid_gate_forward [attn.11]. dy -> do, dgate, all of the same shape."""
     o, gate = cache
     s = sigmoid(gate)
     do = dy * s
@@ -117,7 +117,7 @@ def _check_shapes(q, k, v, cu_seqlens):
     if H % H_kv:
         raise InputError(f"{H} query heads cannot share {H_kv} key heads: H must be a multiple of H_kv")
     if cu_seqlens is not None and M != L:
-        raise InputError(f"packed sequences have no past: k has {M} tokens and q {L}; pass one sequence at a time")
+        raise InputError(f"packed sequences cannot have a past: k has {M} tokens and q {L}; pass one sequence at a time")
 
 
 def _blocks(q, k, cu_seqlens):
@@ -136,7 +136,7 @@ def _blocks(q, k, cu_seqlens):
 
 
 def _scores(q, k, scale):
-    """scale q_i . k_j, and -inf where j comes after i. q (n, G, d), k (m, d), whose n last rows are q's own tokens."""
+    """scale q_i . k_j, and -inf where j comes after i. q (n, G, d), k (m, d), whose last n rows are the tokens of q."""
     n, m = len(q), len(k)
     s = _times(q * scale, k.T)
     np.copyto(s[..., m - n:], -np.inf, where=~np.tri(n, dtype=bool)[:, None])
@@ -144,7 +144,7 @@ def _scores(q, k, scale):
 
 
 def _times(x, w):
-    """x w over the last axis of x, in one product. x (n, G, a), w (a, c) -> (n, G, c)."""
+    """x w over the last axis of x, as one product. x (n, G, a), w (a, c) -> (n, G, c)."""
     n, group, a = x.shape
     return (x.reshape(n * group, a) @ w).reshape(n, group, -1)
 

@@ -1,37 +1,38 @@
-"""THE table of conformance cases, and their inputs, which are the same bits on every machine.
+"""THE table of conformance cases, and their inputs, which are bit-identical on every machine.
 
-Inputs come from the raw 64-bit words of PCG64 (whose stream NumPy promises to keep) by integers, + - * / and sqrt
-alone, all of them correctly rounded; no exp, log or normal deviate, whose last bit depends on the library. Sums run in
-a fixed order. Every value is then rounded to float32, and in cases with the flag bf16-inputs to bfloat16 too (q, k, v,
-beta, do; the log decay g and states stay float32, as every implementation keeps them).
+Inputs are computed from the raw 64-bit words of PCG64 (a stream that NumPy guarantees) using only integer operations
+and + - * / and sqrt, which are correctly rounded; no exp, log or normal variate, whose last bit depends on the library.
+Sums run in a fixed order. Every value is then rounded to float32, and in cases with the flag bf16-inputs q, k, v, beta
+and do also to bfloat16 (the log decay g and states stay float32, as in every implementation).
 """
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 
 CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """One conformance case. Its id is "group/name"; operators.py says what its op takes and returns."""
+    """One conformance case. Its id is "group/name"; operators.py has the arguments and outputs of its op."""
     id: str
     op: str
-    sizes: dict = field(hash=False)   # letter of notation.py -> number
+    sizes: dict = field(hash=False)   # letter of notation.py -> size
     flags: tuple              # keys of flags.FLAGS
     seed: int
-    options: dict = field(default_factory=dict, hash=False)   # how the inputs differ from plain ones: see the makers
+    options: dict = field(default_factory=dict, hash=False)   # how the inputs differ from the default ones: see MAKERS
 
     @property
-    def group(self):
+    def group(self) -> str:
         return self.id.split("/")[0]
 
     @property
-    def bf16(self):
-        """True when q, k, v, beta and do are bfloat16 numbers, so that the case can be put to a bfloat16 kernel."""
+    def bf16(self) -> bool:
+        """True when q, k, v, beta and do are bfloat16 numbers, so that a bfloat16 kernel can be tested with them."""
         return "bf16-inputs" in self.flags
 
 
@@ -44,7 +45,7 @@ def _delta(name, sizes, flags, **options):
 
 
 def _packed(name, lengths, sizes, flags, **options):
-    """Packed sequences of these lengths; sizes (H_k, H_v, d_k, d_v)."""
+    """Packed sequences of the given lengths; sizes (H_k, H_v, d_k, d_v)."""
     sizes = dict(B=1, L=sum(lengths), **dict(zip(("H_k", "H_v", "d_k", "d_v"), sizes)))
     return _delta_case("packed", "gated_delta_rule", name, sizes, f"packed {flags}", options | {"lengths": lengths})
 
@@ -89,7 +90,7 @@ _xent, _lora, _model = _other("loss", "cross_entropy"), _other("lora", "lora_lin
 BOTH = dict(S0="random", dS_end="random")
 
 _TABLE = (
-    # the gated delta rule, dense. The plainest first: the first failing case is the one to debug
+    # the gated delta rule, dense. The simplest first, so that the first failing case is the one to debug
     _delta("hand", (1, 2, 1, 1, 2, 3), "hand-computable", maker="hand"),
     _delta("one-token", (1, 1, 1, 2, 8, 4), "single-token"),
     _delta("one-token-state", (2, 1, 2, 4, 8, 4), "single-token", **BOTH, g=-0.75),
@@ -204,8 +205,8 @@ CASES = {f"{group}/{name}": Case(f"{group}/{name}", op, sizes, flags, 1000 + 7 *
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES.values()))
 
 
-def select(patterns=("delta/*",), dtype="float32"):
-    """The cases whose id matches one of the patterns (shell wildcards; a bare group means all of it), in table order.
+def select(patterns: Sequence[str] = ("delta/*",), dtype: str = "float32") -> list[Case]:
+    """Cases whose id matches a pattern (shell wildcards; a group name means the whole group), in table order.
 
     With dtype bfloat16 only those with bf16-inputs. Raises InputError when nothing matches.
     """
@@ -214,52 +215,53 @@ def select(patterns=("delta/*",), dtype="float32"):
     chosen = [case for case in CASES.values() if (case.bf16 or dtype != "bfloat16")
               and any(fnmatchcase(case.id, pattern) or case.group == pattern for pattern in patterns)]
     if not chosen:
-        raise InputError(f"no case matches {' '.join(patterns)}; groups: {' '.join(GROUPS)}; "
+        raise InputError(f"no case matches {shown(' '.join(patterns))}; groups: {' '.join(GROUPS)}; "
                          "`deltanet-ref vectors --list` lists the cases")
     return chosen
 
 
-# --------------------------------------------------------------------------------------------- numbers and rounding
+# ------------------------------------------------------------------------------------ random numbers and rounding
 
 class Draw:
-    """Numbers from a seed: exact in float64, the same everywhere."""
+    """Random float64 numbers from a seed, bit-identical on every machine."""
 
     def __init__(self, seed):
         self._bits = np.random.PCG64(seed)
 
     def uniform(self, shape, low=0.0, high=1.0):
-        """low + (high - low) x with x a multiple of 2^-53 in [0, 1)."""
+        """low + (high - low) x, where x is a multiple of 2^-53 in [0, 1)."""
         words = self._bits.random_raw(math.prod(shape)).reshape(shape)
         return low + (high - low) * ((words >> np.uint64(11)).astype(np.float64) * 2.0 ** -53)
 
     def bell(self, shape):
-        """Mean 0, variance 1, |x| < 3.5: the sum of four uniforms."""
+        """Mean 0, variance 1, |x| < 3.5: a scaled sum of four uniform numbers."""
         a, b, c, d = (self.uniform(shape, -1.0, 1.0) for _ in range(4))
         return ((a + b) + (c + d)) * math.sqrt(0.75)
 
     def pick(self, shape, values):
-        """Each element one of the values."""
+        """Each element is one of the values, with equal probability."""
         return np.asarray(values)[(self.uniform(shape) * len(values)).astype(np.int64)]
 
 
-def float32(x):
+def float32(x: np.ndarray) -> np.ndarray:
+    """Round to float32."""
     return np.asarray(x, np.float64).astype(np.float32)
 
 
-def bfloat16(x):
-    """Rounded to the nearest bfloat16, ties to even; a float32 array of finite values."""
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """Round finite values to the nearest bfloat16, ties to even -> a float32 array."""
     bits = float32(x).view(np.uint32)
     half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return ((bits + half) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def rounding(case):
-    """What the case's inputs are rounded by: float32, or bfloat16 when it has bf16-inputs."""
+    """The rounding of the case's inputs: bfloat16 if it has the flag bf16-inputs, else float32."""
     return bfloat16 if case.bf16 else float32
 
 
 def unit_rows(x):
-    """x / sqrt(sum x^2), the sum from the first feature to the last."""
+    """x / sqrt(sum x^2), summed from the first feature to the last."""
     total = np.zeros(x.shape[:-1])
     for column in np.moveaxis(x, -1, 0):
         total = total + column * column
@@ -269,7 +271,7 @@ def unit_rows(x):
 # ----------------------------------------------------------------------------------------------------- delta rule
 
 def _delta_inputs(case, draw):
-    """Options: k, v, g, beta, S0, do, dS_end name a row of the tables below; scale, padding, lengths, head_order."""
+    """Options k, g, beta, S0, do, dS_end name entries of the tables below; also v, scale, padding, lengths, maker."""
     s, options, cast = case.sizes, case.options, rounding(case)
     if options.get("maker") == "hand":
         return _hand_inputs()
@@ -315,7 +317,7 @@ KEYS = {
     "tiny": _tiny_rows,
     "unequal": lambda draw, shape: unit_rows(draw.bell(shape)) * draw.uniform((*shape[:-1], 1), 0.3, 1.25),
 }
-RATES = (0.1, 0.02, 0.5, 0.004, 0.25, 0.05)                                # of the heads, one after the other
+RATES = (0.1, 0.02, 0.5, 0.004, 0.25, 0.05)                                # cycled through the heads
 MIXED = (0.0,) * 4 + (-1e-3,) * 4 + (-0.0625,) * 8 + (-0.625,) * 4 + (-5.0, -20.0, -80.0, -120.0)
 LOG_DECAYS = {
     "mild": lambda draw, shape: -draw.uniform(shape, 0.0, 2.0) * np.resize(RATES, shape[-1]),
@@ -335,14 +337,14 @@ STATES = {
 
 
 def _row(name, table, choice, draw, shape):
-    """The table's row, or a constant. A constant log decay still differs a little from token to token, below it."""
+    """The table's entry, or a constant. A constant log decay is multiplied by a random factor in [1, 1.0625)."""
     if not isinstance(choice, float):
         return table[choice](draw, shape)
     return choice * (1 + draw.uniform(shape, 0.0, 0.0625)) if name == "g" else np.full(shape, choice)
 
 
 def _hand_inputs():
-    """Two tokens, one head, d_k = 2, d_v = 3; small enough for pencil and paper (oracle/README.md does it)."""
+    """Two tokens, one head, d_k = 2, d_v = 3: small enough to work out by hand (oracle/README.md does)."""
     x = {"q": [[1, 0], [1, 1]], "k": [[1, 0], [0.5, 0.5]], "v": [[2, 4, -2], [3, 1, 0]], "do": [[1, 0, 0], [0, 1, -1]]}
     x = {name: float32(rows)[None, :, None] for name, rows in x.items()}
     x["g"], x["beta"] = float32([[[0.0], [0.0]]]), float32([[[1.0], [0.5]]])
@@ -352,14 +354,14 @@ def _hand_inputs():
 
 
 def _pad(x, left, right):
-    """Tokens that must change nothing: beta = 0, g = 0 and do = 0, with q, k and v left as they are."""
+    """Turn tokens at both ends into padding, which must have no effect: beta = 0, g = 0, do = 0; q, k, v unchanged."""
     for name, neutral in (("beta", 0), ("g", 0), ("do", 0)):
         x[name][:, :left] = neutral
         x[name][:, x[name].shape[1] - right:] = neutral
 
 
 def _near_solution(x, draw):
-    """v_t = k_t S + small, so that the error v - k S loses most of its digits. For g = 0: no exp is needed."""
+    """v_t = k_t S + a small number, so that the error v - k S loses most of its digits. Requires g = 0: no exp."""
     k, v, beta = (x[name].astype(np.float64) for name in ("k", "v", "beta"))
     S = x["S0"].astype(np.float64)
     heads = v.shape[2] // k.shape[2]
@@ -416,15 +418,15 @@ def _rope_inputs(case, draw):
     if "sections" in options:                                              # (3, L): time, height, width
         positions = np.stack([positions, positions // 3 + 2, positions % 5])
     shape = (s["B"], s["L"], s["H"], s["d"])
-    return {"x": cast(draw.bell(shape)), "positions": positions, "rotary_dim": s["R"], "theta": options.get("theta", 1e4),
-            "sections": options.get("sections"), "dy": cast(draw.bell(shape))}
+    return {"x": cast(draw.bell(shape)), "positions": positions, "rotary_dim": s["R"],
+            "theta": options.get("theta", 1e4), "sections": options.get("sections"), "dy": cast(draw.bell(shape))}
 
 
 def _attention_inputs(case, draw):
     s, cast = case.sizes, rounding(case)
     query, past = (s["B"], s["L"], s["H"], s["d"]), (s["B"], s["M"], s["H_kv"], s["d"])
     q, k = draw.bell(query) * case.options.get("gain", 1.0), draw.bell(past)
-    if "offset" in case.options:                                           # every score larger by offset^2 scale
+    if "offset" in case.options:                                           # increases every score by offset^2 scale
         q[..., 0] = k[..., 0] = case.options["offset"]
     return {"q": cast(q), "k": cast(k), "v": cast(draw.bell(past)), "gate": cast(draw.bell(query)),
             "scale": 1 / math.sqrt(s["d"]), "dy": cast(draw.bell(query))}
@@ -462,7 +464,7 @@ def tiny_config():
 
 
 def _model_inputs(case, draw):
-    """tokens, labels, and every weight by its GGUF name, lively enough that each part matters."""
+    """tokens, labels, and every weight under its GGUF name, with values large enough that every part matters."""
     from deltanet_ref.model.tensors import expected_tensors
 
     s = case.sizes
@@ -486,6 +488,6 @@ MAKERS = {"gated_delta_rule": _delta_inputs, "gated_delta_rule_step": _delta_inp
           "lora_linear": _lora_inputs, "qwen35": _model_inputs}
 
 
-def make_inputs(case):
-    """The case's inputs and incoming gradients, name -> float32 or int64 array, Python number, or None."""
+def make_inputs(case: Case) -> dict:
+    """The inputs and incoming gradients of a case: name -> float32 or int64 array, Python number, or None."""
     return MAKERS[case.op](case, Draw(case.seed))

@@ -1,4 +1,4 @@
-"""One implementation's answers against the expected ones: status and error per stage, and the first bad place."""
+"""Compares an implementation's outputs with the expected ones: status and error per output, and the first bad place."""
 from typing import NamedTuple
 
 import numpy as np
@@ -9,57 +9,60 @@ from deltanet_ref.oracle.expected import Expected
 from deltanet_ref.oracle.noise import FACTOR, relative_error
 from deltanet_ref.oracle.operators import OPERATORS
 
-# the order in which a kernel makes them; a wrong stage spoils those after it
+# the order in which a kernel computes them; a wrong stage makes the later ones wrong too
 DELTA_PIPELINE = (*FORWARD, "o", "S_end", *BACKWARD, "dq", "dv", "dbeta", "dk", "dg", "dS0")
-WALKS = ({"S": 1, "V_new": 1, "o": 1}, {"dV_new": -1, "dS": -1})           # made chunk after chunk, in this direction
-STRICTLY_LOWER = ("dA", "dT")              # A and T are constant on the diagonal and above: gradients there mean nothing
-FLOAT32_SHARE_OF_FLOAT64 = 2.0 ** -29                                      # ratio of the two unit roundoffs
+SEQUENTIAL = ({"S": 1, "V_new": 1, "o": 1}, {"dV_new": -1, "dS": -1})      # computed chunk by chunk, in this direction
+STRICTLY_LOWER = ("dA", "dT")              # A and T are constant on and above the diagonal, where these mean nothing
+FLOAT64_PER_FLOAT32 = 2.0 ** -29           # ratio of the two unit roundoffs
 
 
-def pipeline(op):
-    """The names of an operator's outputs, gradients and intermediates, in the order in which a kernel makes them."""
+def pipeline(op: str) -> tuple[str, ...]:
+    """Names of an operator's outputs, gradients and intermediates, in the order in which a kernel computes them."""
     return DELTA_PIPELINE if op == "gated_delta_rule" else (*OPERATORS[op].outputs, *OPERATORS[op].gradients)
 
 
 class Stage(NamedTuple):
-    """One output of one case."""
+    """The verdict on one output of one case."""
     status: str               # ok, DIFF, SHAPE, MISSING, NONFINITE
-    error: float              # multiple of the noise floor; inf when not finite, nan when it cannot be compared
-    first_bad: dict | None    # sequence, chunk, token, head of the first bad element in pipeline order
+    error: float              # multiple of the noise floor; inf when not finite, nan when not comparable
+    first_bad: dict | None    # sequence, chunk, token, head of the first bad element that the pass computes
     message: str = ""
 
 
 class CaseResult(NamedTuple):
+    """The verdict on one case."""
     case: Case
-    status: str               # ok, DIFF, SHAPE, MISSING, NONFINITE of the first bad stage; ERROR, TIMEOUT, SKIP
-    stages: dict              # name -> Stage in pipeline order; empty when nothing came back
+    status: str               # of the first bad stage (ok, DIFF, SHAPE, MISSING, NONFINITE); or ERROR, TIMEOUT, SKIP
+    stages: dict              # name -> Stage in pipeline order; empty when the implementation returned nothing
     outputs: dict             # name -> array in the kit's own layout
     expected: Expected | None
     message: str = ""
 
     @property
     def first_bad(self):
-        """The first bad stage in pipeline order and its first bad place; None when there is none.
+        """The first bad stage in pipeline order and its first bad place; None when all are ok.
 
-        What is made chunk after chunk goes by chunks first: V_new of chunk 0 comes before S of chunk 1.
+        Stages computed chunk by chunk are ordered by chunk first: V_new of chunk 0 comes before S of chunk 1.
         """
         bad = {name: stage.first_bad or {} for name, stage in self.stages.items() if stage.status != "ok"}
         if not bad:
             return None
         first = next(iter(bad))
-        for walk in WALKS:
-            if first in walk:
-                placed = [name for name in bad if name in walk and bad[name]]
+        for direction in SEQUENTIAL:
+            if first in direction:
+                placed = [name for name in bad if name in direction and bad[name]]
                 first = min(placed, default=first,
-                            key=lambda name: (bad[name]["sequence"], walk[name] * bad[name]["chunk"]))
+                            key=lambda name: (bad[name]["sequence"], direction[name] * bad[name]["chunk"]))
         return {"output": first, **dict.fromkeys(("sequence", "chunk", "token", "head"))} | bad[first]
 
 
-def compare(case, expected, outputs, *, dtype, gradients):
-    """CaseResult of the outputs, name -> array.
+def compare_case(case: Case, expected: Expected, outputs: dict[str, np.ndarray], *, dtype: str,
+                 gradients: bool) -> CaseResult:
+    """Compare the outputs of one case, name -> array in the kit's own layout, with the expected values.
 
-    gradients  True: every gradient must be there; False: none is judged
-    Intermediates are judged where both sides have them.
+    dtype      "float32", "bfloat16" or "float64": the noise floor that errors are measured in
+    gradients  True: every gradient is required; False: none is compared
+    Intermediates are compared where both sides have them.
     """
     op = OPERATORS[case.op]
     required = [*op.outputs, *(op.gradients if gradients else ())]
@@ -78,7 +81,7 @@ def _stage(case, name, axes, got, expected, dtype):
         return Stage("MISSING", np.nan, None, "is missing")
     shape = full_shape(case, want, sampled)
     if shape == () and got.size == 1:
-        got = got.reshape(())                                              # files keep a number as (1,)
+        got = got.reshape(())                                              # files store a number as (1,)
     if got.shape != shape and name not in OPERATORS[case.op].gradients:
         got = _token_major(got, shape)
     if got.shape != shape:
@@ -99,23 +102,24 @@ def _stage(case, name, axes, got, expected, dtype):
     return Stage("DIFF" if np.isfinite(got).all() else "NONFINITE", worst, where)
 
 
-def noise_multiples(got, want, expected, name, dtype):
-    """|got - want| in noise floors of this output of a case, elementwise; inf where got is not finite."""
+def noise_multiples(got: np.ndarray, want: np.ndarray, expected: Expected, name: str, dtype: str) -> np.ndarray:
+    """|got - want| elementwise, as a multiple of this output's noise floor; inf where got is not finite."""
     precision = "bfloat16" if dtype == "bfloat16" else "float32"
-    share = FLOAT32_SHARE_OF_FLOAT64 if dtype == "float64" else 1.0
+    ratio = FLOAT64_PER_FLOAT32 if dtype == "float64" else 1.0
     with np.errstate(invalid="ignore", over="ignore"):
-        error = relative_error(got, want, expected.scales[name]) / (expected.floors[name][precision] * share)
+        error = relative_error(got, want, expected.scales[name]) / (expected.floors[name][precision] * ratio)
     return np.where(np.isfinite(got), error, np.inf)
 
 
 def full_shape(case, want, sampled):
-    """The shape that an answer must have: of a sampled case only some tokens are expected, all are asked for."""
+    """The shape that an output must have: all tokens, although a sampled case expects values only for some."""
     return (want.shape[0], case.sizes["L"], *want.shape[2:]) if sampled else want.shape
 
 
 def first_bad(bad, axes, case, sample, backward):
-    """sequence, chunk, token, head of the first bad element: sequences in turn, tokens as the pass meets them (a
-    backward pass meets the last one first), then heads. None for an axis that the output does not have.
+    """sequence, chunk, token, head of the first bad element; None for an axis that the output does not have.
+
+    The order is by sequence, then token in the order of the pass (a backward pass starts at the last one), then head.
     """
     for axis in reversed([axis for axis, letter in enumerate(axes[:bad.ndim]) if letter == "f"]):
         bad = bad.any(axis)
@@ -139,7 +143,7 @@ def first_bad(bad, axes, case, sample, backward):
 
 
 def _token_major(got, shape):
-    """Intermediates may also come as (B, H_v, N, C, ...) or (B, N, H_v, C, ...), the last chunk filled up."""
+    """Accept intermediates of shape (B, H_v, N, C, ...) or (B, N, H_v, C, ...) too, with the last chunk padded."""
     if len(shape) < 3 or got.ndim != len(shape) + 1:
         return got
     B, L, H = shape[:3]

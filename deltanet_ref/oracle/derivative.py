@@ -1,13 +1,15 @@
-"""Exact derivatives without autodiff: the complex step.
+"""Derivatives exact to rounding, without autodiff: the complex step.
 
-For f analytic and real on the real axis, Im f(x + i h) / h = f'(x) + O(h^2). Nothing is subtracted, so h can be 1e-30
-and the result is exact to rounding (Squire and Trapp 1998, "Using complex variables to estimate derivatives").
+For f analytic and real on the real axis, Im f(x + i h) / h = f'(x) + O(h^2). Nothing is subtracted, so with h = 1e-30
+the result is exact to rounding (Squire and Trapp 1998, "Using complex variables to estimate derivatives").
 """
+from collections.abc import Callable
+
 import numpy as np
 
 
-def complex_step_gradient(f, x, h=1e-30):
-    """Gradient of the scalar f at x, one evaluation of f for each element of x.
+def complex_step_gradient(f: Callable, x: np.ndarray, h: float = 1e-30) -> np.ndarray:
+    """Gradient of the scalar f at x, with one evaluation of f per element of x.
 
     f   maps a complex128 array shaped like x to a complex scalar
     x   real array

@@ -1,60 +1,63 @@
-"""Two traces side by side in network order: where they part first, and why. And how a model drifts from itself."""
+"""Compares two traces in network order and explains the first divergence; measures how a model drifts from itself."""
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 from deltanet_ref.oracle.reasons import CHUNKS, HEADS, Site, explain
-from deltanet_ref.oracle.trace import observed, order_value_heads
+from deltanet_ref.oracle.trace import Trace, order_value_heads
 
 # The RMS error of a tensor, relative to its RMS, that two correct implementations may have. Measured between this one
-# and HF's over 150 tokens of the test models (float32: 1.3e-6 forward, 1.3e-5 backward; float64: 1.4e-14), with room
-# for models that are six times as deep; float16 and bfloat16: eight units of their 11 and 8 bits.
+# and HF's over 150 tokens of the test models (float32: 1.3e-6 forward, 1.3e-5 backward; float64: 1.4e-14), with a
+# margin for models six times as deep; float16 and bfloat16: eight units in the last place of 11 and 8 bits.
 TOLERANCE = {"float64": 1e-11, "float32": 3e-5, "float16": 4e-3, "bfloat16": 3e-2}
-GRADIENT = 10                 # times as much for gradients
-ROW = 10                      # times as much for a single row; measured: 1e-5 at worst forward, 1.6e-4 backward
+GRADIENT = 10                 # factor for gradients
+ROW = 10                      # factor for a single row; measured: at most 1e-5 forward, 1.6e-4 backward
 FAILED = ("DIFF", "SHAPE", "NONFINITE")
 
 
 class Row(NamedTuple):
-    """One tensor of ours against theirs."""
+    """The comparison of one tensor, ours with theirs."""
     name: str
     status: str               # ok DIFF SHAPE MISSING NONFINITE
     meaning: str
     error: float | None = None       # RMS of the difference, relative to our RMS
-    worst: float | None = None       # that of the worst row, a token or a token and a head
-    largest: float | None = None     # largest difference of two values
-    token: int | None = None         # the first row that is off
+    worst: float | None = None       # the same for the worst row: a token, or a head of a token
+    largest: float | None = None     # largest absolute difference
+    token: int | None = None         # of the first row that differs
     head: int | None = None
-    where: str = ""                  # which tokens and heads are off, or which shapes there are
+    where: str = ""                  # which tokens and heads differ; or the two shapes
 
 
 @dataclass
-class Comparison:
-    rows: list                # of Row, in network order
-    unknown: list             # names of theirs that no trace of this model has
-    tolerance: float
-    partial: bool             # what theirs lacks is no failure
-    reasons: list             # sentences about the first that diverges, the likeliest first
+class TraceDiff:
+    """The result of diff_traces."""
+    rows: list[Row]           # in network order
+    unknown: list[str]        # names in theirs that no trace of this model has
+    tolerance: float          # of the relative RMS error of a forward tensor
+    partial: bool             # tensors may be missing in theirs
+    reasons: list[str]        # sentences that explain the first divergence, most likely first
 
-    def first(self):
-        """The first Row that is DIFF, SHAPE or NONFINITE, or None."""
+    def first(self) -> Row | None:
+        """The first Row with status DIFF, SHAPE or NONFINITE, or None."""
         return next((row for row in self.rows if row.status in FAILED), None)
 
-    def count(self, status):
+    def count(self, status: str) -> int:
+        """Number of rows with this status."""
         return sum(row.status == status for row in self.rows)
 
-    def equal(self):
+    def equal(self) -> bool:
+        """True when no tensor differs and none is missing, unless that is allowed."""
         return self.first() is None and (self.partial or not self.count("MISSING"))
 
 
-def compare(ours, theirs, tolerance=None, partial=False):
-    """Walks two Traces of the same tokens in network order -> Comparison.
+def diff_traces(ours: Trace, theirs: Trace, tolerance: float | None = None, partial: bool = False) -> TraceDiff:
+    """Compare two traces of the same tokens, tensor by tensor in network order.
 
-    tolerance  of the RMS error of a forward tensor; None for that of the coarser dtype of the two
-    partial    theirs may lack tensors
-    raises     InputError when they are of other tokens or another shape of model, or have no tensor in common
+    tolerance  allowed relative RMS error of a forward tensor; None: TOLERANCE of the coarser dtype of the two
+    partial    True allows tensors to be missing in theirs
+    raises     InputError for different tokens or layer types, an unknown dtype, or no tensor in common
     """
     _check_comparable(ours, theirs)
     tolerance = max(_tolerance(ours.dtype), _tolerance(theirs.dtype)) if tolerance is None else tolerance
@@ -66,11 +69,11 @@ def compare(ours, theirs, tolerance=None, partial=False):
             continue
         x, y = _read(ours, traced), _read(theirs, traced)
         if x.shape == y.shape:
-            rows.append(_compare(traced, x, y, _allowed(name, tolerance)))
+            rows.append(_diff_tensor(traced, x, y, _allowed(name, tolerance)))
         else:
-            transposed = ": its axes are transposed" if sorted(x.shape) == sorted(y.shape) else ""
-            rows.append(Row(name, "SHAPE", traced.meaning, where=f"{y.shape} where {x.shape} belongs{transposed}"))
-    result = Comparison(rows, sorted(set(theirs.tensors) - set(ours.table())), tolerance, partial, [])
+            transposed = ": the axes are transposed" if sorted(x.shape) == sorted(y.shape) else ""
+            rows.append(Row(name, "SHAPE", traced.meaning, where=f"{y.shape} instead of {x.shape}{transposed}"))
+    result = TraceDiff(rows, sorted(set(theirs.tensors) - set(ours.table())), tolerance, partial, [])
     if result.count("MISSING") == len(rows):
         raise InputError("the two traces have no tensor in common; docs/trace.md lists the names")
     first = result.first()
@@ -87,7 +90,7 @@ def compare(ours, theirs, tolerance=None, partial=False):
 def _check_comparable(ours, theirs):
     if ours.tokens != theirs.tokens:
         raise InputError(f"the traces are of different tokens ({len(ours.tokens)}: {str(ours.tokens)[:40]}... and "
-                         f"{len(theirs.tokens)}: {str(theirs.tokens)[:40]}...): trace both with the same")
+                         f"{len(theirs.tokens)}: {str(theirs.tokens)[:40]}...): trace both with the same tokens")
     if ours.config.layer_types != theirs.config.layer_types:
         raise InputError(f"the traces are of different models: the layers are {', '.join(ours.config.layer_types)} and "
                          f"{', '.join(theirs.config.layer_types)}")
@@ -95,8 +98,8 @@ def _check_comparable(ours, theirs):
 
 def _tolerance(dtype):
     if dtype not in TOLERANCE:
-        raise InputError(f"no tolerance is known for the dtype {dtype!r} of a trace: give one, or write one of "
-                         f"{', '.join(TOLERANCE)} in its metadata")
+        raise InputError(f"a trace has the dtype {shown(dtype)}, for which there is no default tolerance: give a "
+                         f"tolerance, or write one of {', '.join(TOLERANCE)} as dtype in its metadata")
     return TOLERANCE[dtype]
 
 
@@ -105,9 +108,9 @@ def _allowed(name, tolerance):
 
 
 def _read(trace, traced):
-    """The tensor in the table's shape and with grouped value heads, if it can be brought to it.
+    """The tensor in the table's shape with grouped value heads; unchanged if its shape does not fit.
 
-    Axes of 1 may be there or not, and features of heads may stand in one axis, (L, H d) for (L, H, d).
+    Axes of size 1 may be added or missing, and heads merged with their features: (L, H d) for (L, H, d).
     """
     x, shape = np.asarray(trace.tensors[traced.name]), traced.shape
     merged = (*shape[:1], int(np.prod(shape[1:])))
@@ -118,8 +121,8 @@ def _read(trace, traced):
     return x
 
 
-def _compare(traced, x, y, tolerance):
-    """The Row of two arrays of one shape. A row of them is a token, or a head of one; of a parameter, an output."""
+def _diff_tensor(traced, x, y, tolerance):
+    """Compare two arrays of one shape -> Row. Their rows are tokens or heads of tokens; outputs, for a parameter."""
     axes = [a for a in traced.axes if a in ("L", "K-1", *HEADS)] if traced.axes else ["row"] * (x.ndim - 1)
     rows = x.shape[:len(axes)]
     x, y = (z.reshape(*rows, -1).astype(np.result_type(x, y, np.float32), copy=False) for z in (x, y))
@@ -139,13 +142,13 @@ def _compare(traced, x, y, tolerance):
 
 
 def _ratio(x, size):
-    """x / size; 0 / 0 is 0, and what is not a number is infinite: it must not pass."""
+    """x / size, with 0 / 0 = 0; NaN becomes inf, so that it fails every limit."""
     ratio = np.where(x == 0, 0.0, x / np.where(size == 0, np.finfo(np.float32).tiny, size))
     return np.where(np.isnan(ratio), np.inf, ratio)
 
 
 def _place(bad, axes, rows):
-    """Where the rows are that are off: token and head of the first, and which they are in words."""
+    """The location of the bad rows: token and head of the first, and all of them in words."""
     if not rows:
         return {}
     first, words = np.argwhere(bad)[0].tolist(), []
@@ -160,42 +163,44 @@ def _place(bad, axes, rows):
 
 
 def _members(what, members, size):
-    """Some of 0 .. size - 1 in words; where they begin may tell of chunks."""
+    """Some of 0 .. size - 1 in words; a start at a multiple of a chunk length is pointed out."""
     first, last = int(members[0]), int(members[-1])
     if len(members) == 1:
-        return f"{what} {first} alone" + (", the last" if first == size - 1 else "")
+        return f"{what} {first} only" + (", the last" if first == size - 1 else "")
     if len(members) < last + 1 - first:
         return f"{len(members)} of {size} {what}s from {first} to {last}"
     chunk = max((C for C in CHUNKS if first % C == 0), default=None) if what == "token" and first else None
     return f"{what}s {first} to {last}" + (f" ({first} is a multiple of {chunk})" if chunk else "")
 
 
-# ---- a model against itself
+# ---- a model compared with itself
 
 class Drift(NamedTuple):
-    """How far one layer's output is from what it should equal, as RMS relative to RMS."""
+    """Relative RMS errors of one layer's output between two ways of computing it."""
     layer: str                # "blk.0", "output_norm"
     kind: str                 # of the layer
-    decode: float             # one token per call against all at once, float32
-    decode_token: int         # where that is worst
+    decode: float             # one token per call against one prefill, float32
+    decode_token: int         # the token where that is largest
     state: float | None       # the states after the last token: conv and S, or the KV cache
-    dtype: float              # float32 against float64, all at once
+    dtype: float              # float32 against float64, one prefill each
     dtype_token: int
 
 
-def drift(narrow, wide, tokens):
-    """Runs tokens (L,) through the float32 model all at once and one by one, and through the float64 model.
+def drift(narrow, wide, tokens: np.ndarray) -> list[Drift]:
+    """Compare decode with prefill, and float32 with float64, layer by layer over tokens (L,).
 
-    Returns a list of Drift, one for each layer and the last norm. Raises InputError for no tokens.
+    narrow, wide  one model loaded in float32 and in float64
+    returns       one Drift per layer, and one for the final norm
+    raises        InputError for no tokens
     """
     tokens = np.asarray(tokens)
-    at_once, state = _outputs(narrow, [tokens])
-    one_by_one, stepped = _outputs(narrow, tokens[:, None])
+    prefilled, state = _outputs(narrow, [tokens])
+    decoded, stepped = _outputs(narrow, tokens[:, None])
     exact, _ = _outputs(wide, [tokens])
     rows = []
     for i, name in enumerate(exact):
         last = i == len(narrow.layers)
-        decode, dtype = _drift(one_by_one[name], at_once[name]), _drift(at_once[name], exact[name])
+        decode, dtype = _drift(decoded[name], prefilled[name]), _drift(prefilled[name], exact[name])
         held = None if last else max(_drift(x, y)[0] for x, y in zip(stepped.blocks[i], state.blocks[i]))
         kind = "" if last else narrow.config.layer_types[i]
         rows.append(Drift(name.removesuffix(".out"), kind, *decode, held, *dtype))
@@ -203,14 +208,14 @@ def drift(narrow, wide, tokens):
 
 
 def _outputs(model, pieces):
-    """What each block and the last norm give when pieces are read in turn: dict name -> (L, D); and the last state."""
+    """Outputs of each block and the final norm over consecutive pieces: dict name -> (L, D); and the final state."""
     found, state = {}, None
 
     def record(name, array):
         if name.endswith(".out") or name == "output_norm":
             found.setdefault(name, []).append(np.array(array[0]))
 
-    twin = observed(model, record)
+    twin = model.observed(record)
     for piece in pieces:
         _, state = twin.prefill(piece, state)
     return {name: np.concatenate(parts) for name, parts in found.items()}, state

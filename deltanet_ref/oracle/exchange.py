@@ -1,7 +1,7 @@
-"""Cases and answers as files, for implementations in any language: safetensors, npz, or GGUF.
+"""Cases and answers as files for implementations in any language: safetensors, npz or GGUF.
 
-An input file holds a case's inputs by name, numbers such as scale as arrays (1,) of float64. An answer file holds
-outputs, and gradients and intermediates where there are some, under the kit's names.
+An input file holds the inputs of a case by name; numbers such as scale are float64 arrays of shape (1,). An answer file
+holds outputs, and optionally gradients and intermediates, under the kit's names.
 """
 import zipfile
 from pathlib import Path
@@ -25,11 +25,11 @@ def _read_npz(path):
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: is no npz file of plain arrays: {error}") from error
+        raise InputError(f"{path}: not an npz file of plain arrays: {error}") from error
 
 
 def _write_gguf(path, arrays):
-    """Integers as I64; ggml has four axes at most and so have the cases."""
+    """Integers are stored as I64. ggml allows at most four axes; no case has more."""
     write_gguf(path, {"general.architecture": "deltanet_ref-case"}, arrays)
 
 
@@ -46,12 +46,12 @@ FORMATS = {
 }
 
 
-def write_case(path, inputs):
-    """Write the inputs of a case, name -> array or number; None and tuples of numbers become absent and arrays."""
+def write_case(path: Path | str, inputs: dict) -> None:
+    """Write arrays by name, in the format of the suffix. Numbers and tuples become arrays; None is left out."""
     arrays = {name: np.atleast_1d(np.asarray(value)) for name, value in inputs.items() if value is not None}
     FORMATS[Path(path).suffix[1:]][0](path, arrays)
 
 
-def read_answers(path):
-    """name -> array. Raises InputError when the file is damaged or not there."""
+def read_answers(path: Path | str) -> dict[str, np.ndarray]:
+    """Read arrays by name, in the format of the suffix. Raises InputError for a damaged or missing file."""
     return FORMATS[Path(path).suffix[1:]][1](path)

@@ -1,4 +1,4 @@
-"""What a case should give: from the committed vectors, or computed from the definition in float64."""
+"""The expected values of a case: from the committed vectors, or computed from the definition in float64."""
 import functools
 import json
 from pathlib import Path
@@ -7,24 +7,24 @@ from typing import NamedTuple
 import numpy as np
 
 from deltanet_ref.formats.safetensors import read_safetensors
-from deltanet_ref.oracle.cases import CASES, make_inputs
+from deltanet_ref.oracle.cases import CASES, Case, make_inputs
 from deltanet_ref.oracle.chunk_by_chunk import INTERMEDIATES, chunk_by_chunk
 from deltanet_ref.oracle.noise import floors, scales
 from deltanet_ref.oracle.operators import OPERATORS, in_dtype
 
 VECTORS = Path(__file__).parent / "vectors"
-SAMPLES = 48                  # tokens whose answers a sampled case carries
+SAMPLES = 48                  # tokens, about, for which a sampled case holds expected values
 
 
 class Expected(NamedTuple):
-    """The right answers of a case, and how exact they can be (noise.py)."""
+    """Expected values of a case, and how accurate an implementation can be (noise.py)."""
     values: dict              # output, gradient or intermediate -> float64 array
-    scales: dict              # the same names -> float64 array of the leading axes
-    floors: dict              # the same names -> {"float32": ..., "bfloat16": ...}
-    sample: np.ndarray | None # the tokens that o and the gradients hold; None for all
+    scales: dict              # the same names -> float64 array over the leading axes
+    floors: dict              # the same names -> {"float32": floor, "bfloat16": floor}
+    sample: np.ndarray | None # tokens that per-token values are given for; None: all
 
-    def tensors(self):
-        """The arrays of a vector file: each value, NAME.scale and NAME.floor (float32, bfloat16 or 0)."""
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The arrays of a vector file: each value, NAME.scale and NAME.floor (float32's, bfloat16's or 0)."""
         tensors = {}
         for name, value in self.values.items():
             floor = [self.floors[name]["float32"], self.floors[name].get("bfloat16", 0.0)]
@@ -33,8 +33,8 @@ class Expected(NamedTuple):
         return tensors
 
 
-def compute(case, x=None):
-    """Expected of the case, or of other inputs x (as make_inputs gives them) for the same case."""
+def compute(case: Case, x: dict | None = None) -> Expected:
+    """Compute the expected values of a case; x: other inputs for it, of the form that make_inputs returns."""
     x = in_dtype(make_inputs(case) if x is None else x, np.float64)
     if case.options.get("head_order"):
         x = x | {"head_order": case.options["head_order"]}
@@ -48,7 +48,7 @@ def compute(case, x=None):
 
 
 def _sampled(case, expected):
-    """Only some tokens of what has a token axis: the first, the last, and others evenly spread."""
+    """Keep only some tokens of whatever has a token axis: the first and last two, and others evenly spaced."""
     L = case.sizes["L"]
     sample = np.unique([0, 1, *(n * L // SAMPLES for n in range(SAMPLES)), L - 2, L - 1])
     axes = OPERATORS[case.op].outputs | OPERATORS[case.op].gradients
@@ -58,8 +58,8 @@ def _sampled(case, expected):
 
 
 @functools.lru_cache(None)
-def expected(case):
-    """Expected of the case from the vectors beside this file; computed for a case that is not in the table."""
+def expected(case: Case) -> Expected:
+    """The expected values of a case from the committed vectors; computed for a case that is not in the table."""
     if CASES.get(case.id) != case:
         return compute(case)
     entries, tensors = _group(case.group)

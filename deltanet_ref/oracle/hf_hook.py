@@ -1,9 +1,10 @@
-"""The same trace from Hugging Face's own Qwen3.5 model (torch, transformers): hooks on its modules and functions.
+"""Records the same trace from Hugging Face's Qwen3.5 model (torch, transformers), with hooks on modules and functions.
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     write_trace("theirs.safetensors", hf_trace(model, tokens, backward=True))
 """
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from unittest import mock
 
@@ -11,7 +12,7 @@ from deltanet_ref.model.config import Config
 from deltanet_ref.model.tensors import expected_tensors
 from deltanet_ref.oracle.trace import Trace, trace_table
 
-# module of a block: the trace's name for its first input, and for its output
+# module of a block: names in the trace of its first input and of its output
 MODULES = {
     "": (None, "out"), "input_layernorm": (None, "attn_norm"), "post_attention_layernorm": ("mid", "ffn_norm"),
     "mlp.gate_proj": (None, "ffn_gate"), "mlp.up_proj": (None, "ffn_up"), "mlp.down_proj": ("ffn_act", "ffn_out"),
@@ -24,20 +25,23 @@ MODULES = {
 }
 
 
-def hf_trace(model, tokens, backward=False):
-    """Records a forward of a Qwen3_5ForCausalLM over tokens (L,), and the backward of its loss -> Trace."""
+def hf_trace(model, tokens: Sequence[int], backward: bool = False) -> Trace:
+    """Record a forward of a Qwen3_5ForCausalLM over tokens (L,), and with `backward` the backward of its loss.
+
+    Afterwards the model is as before, except that `backward` leaves gradients in its parameters.
+    """
     import torch
     import transformers
 
     source, config = sys.modules[type(model.model).__module__], Config.from_hf(model.config.to_dict())
-    block, taps = "", {}                    # name -> (tensor, what brings it and its gradient to the trace's layout)
+    block, taps = "", {}                    # name -> (tensor, conversion of it and its gradient to the trace's layout)
 
     def tap(name, x, layout=lambda x: x):
         taps[block + name] = x, layout
         if x.requires_grad:
             x.retain_grad()
 
-    def halves(x):                          # per head: d of the query, d of the gate
+    def halves(x):                          # rows per head: d of the query, d of the gate
         return x.unflatten(-1, (config.num_attention_heads, 2, -1)).unbind(-2)
 
     def hook(prefix, names):
@@ -59,7 +63,7 @@ def hf_trace(model, tokens, backward=False):
         tap("conv_state", x.detach(), lambda x: torch.nn.functional.pad(x, (w.shape[1], 0))[..., 1 - w.shape[1]:].mT)
         return y
 
-    def delta(q, k, v, run=source.torch_chunk_gated_delta_rule, **options):     # the norms are inside HF's function
+    def delta(q, k, v, run=source.torch_chunk_gated_delta_rule, **options):     # HF normalises q and k in this one
         q, k = source.l2norm(q), source.l2norm(k)
         o, S = run(q, k, v, **options | {"use_qk_l2norm_in_kernel": False, "output_final_state": True})
         for name, x in {"q": q, "k": k, "v": v, "g": options["g"], "beta": options["beta"], "o": o, "S": S}.items():
@@ -74,7 +78,7 @@ def hf_trace(model, tokens, backward=False):
         return o, weights
 
     row = torch.tensor([list(tokens)], device=model.device)
-    with ExitStack() as stack:              # whatever happens, the model is left as it was
+    with ExitStack() as stack:              # undoes every change to the model, also after an error
         stack.enter_context(mock.patch.multiple(source, causal_conv1d_fn=conv, torch_chunk_gated_delta_rule=delta,
                                                 eager_attention_forward=attention))
         stack.enter_context(torch.set_grad_enabled(backward))

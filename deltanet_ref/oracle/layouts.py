@@ -1,41 +1,42 @@
-"""The other side's conventions for the gated delta rule, declared: how a case is put to it and its answers taken back.
+"""Declared conventions of an implementation of the gated delta rule: converts cases to its layout, and answers back.
 
-The kit's own are those of notation.py. A layout changes values (decay for log decay, transposed states, reordered
-heads) and names (the call, what it returns); what it cannot express is a reason to skip the case.
+The kit's own conventions are those of notation.py. A layout changes values (decay instead of log decay, transposed
+states, reordered heads) and names (arguments, returned values). A case that it cannot express is skipped with a reason.
 """
 import ast
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 from deltanet_ref.notation import value_to_key_head
 from deltanet_ref.ops.l2_norm import l2_norm_backward, l2_norm_forward
-from deltanet_ref.oracle.cases import make_inputs
+from deltanet_ref.oracle.cases import Case, make_inputs
 from deltanet_ref.oracle.chunk_by_chunk import BACKWARD, FORWARD
-from deltanet_ref.oracle.expected import compute, expected
+from deltanet_ref.oracle.expected import Expected, compute, expected
 from deltanet_ref.oracle.operators import DELTA, in_dtype
 
-# switch: value -> what it says about the other side. The first is the kit's own.
+# switch: value -> its meaning for the implementation (help text of check). The first value is the kit's own.
 SWITCHES = {
     "gate": {"log": "g is the log decay, <= 0", "decay": "g is the decay exp(g) itself, and dg its gradient"},
     "state": {"kv": "states are (N, H_v, d_k, d_v)", "vk": "states are (N, H_v, d_v, d_k)"},
     "heads": {"grouped": "value head h reads key head h // (H_v / H_k)", "tiled": "value head h reads key head h % H_k",
-              "repeated": "q and k come with H_v heads, each key head repeated for its value heads"},
+              "repeated": "q and k have H_v heads, each key head repeated for its value heads"},
     "order": {"token": "(B, L, H, ...)", "head": "(B, H, L, ...)"},
-    "scale": {"argument": "scale is an argument", "fixed": "the callee multiplies q by d_k ** -0.5 whatever is said",
+    "scale": {"argument": "scale is an argument", "fixed": "the callee always multiplies q by d_k ** -0.5",
               "none": "the callee does not scale q"},
-    "l2norm": {"outside": "q and k come as they are to be used",
-               "inside": "the callee divides q and k by sqrt(sum x^2 + 1e-6), and dq, dk belong to what it was given"},
+    "l2norm": {"outside": "q and k are used as given",
+               "inside": "the callee divides q and k by sqrt(sum x^2 + 1e-6); dq, dk are those of its arguments"},
 }
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One value for each switch, and the calls: arguments in order as Python text, VALUE or NAME=VALUE.
+    """A value for each switch, and the calls: argument lists as Python text, VALUE or NAME=VALUE each.
 
-    A value is the kit's name of an input (q, k, v, g, beta, S0, scale, cu_seqlens, do, dS_end) or a literal.
+    A VALUE is the kit's name of an input (q, k, v, g, beta, S0, scale, cu_seqlens, do, dS_end) or a literal.
     """
     gate: str = "log"
     state: str = "kv"
@@ -43,11 +44,11 @@ class Layout:
     order: str = "token"
     scale: str = "argument"
     l2norm: str = "outside"
-    call: str | None = None               # None: the operator's own, see Operator
-    returns: str | None = None            # names in the order in which the callable returns them, "_" for others
+    call: str | None = None               # None: the operator's own, see operators.Operator
+    returns: str | None = None            # names in the order in which the callable returns them, "_" to ignore a value
     backward_call: str | None = None
     gradients: str | None = None
-    packed: bool = True                   # takes cu_seqlens
+    packed: bool = True                   # accepts cu_seqlens
 
 
 LAYOUTS = {
@@ -61,38 +62,38 @@ LAYOUTS = {
 NAMES = {name: LAYOUTS[name] for name in ("hf", "fla")}
 
 
-def make_layout(name="own", **switches):
-    """A named layout with single switches changed; raises InputError for unknown names and values."""
+def make_layout(name: str = "own", **switches: str | None) -> Layout:
+    """A named layout with some switches changed (None: unchanged). Raises InputError for unknown names and values."""
     if name not in LAYOUTS:
-        raise InputError(f"--layout {name} is unknown: use {' or '.join(NAMES)}, or single switches")
+        raise InputError(f"`layout` is {shown(name)}: use {' or '.join(NAMES)}, or single switches")
     layout = replace(LAYOUTS[name], **{key: value for key, value in switches.items() if value is not None})
     for switch, values in SWITCHES.items():
         if getattr(layout, switch) not in values:
-            raise InputError(f"--{switch} {getattr(layout, switch)} is unknown: use {' or '.join(values)}")
+            raise InputError(f"`{switch}` is {shown(getattr(layout, switch))}: use {' or '.join(values)}")
     for option, text, names in (("returns", layout.returns, (*DELTA.outputs, *FORWARD)),
                                 ("gradients", layout.gradients, (*DELTA.gradients, *BACKWARD))):
         if unknown := [name for name in returned(text, ()) if name not in (*names, "_")]:
-            raise InputError(f"--{option} has {unknown[0]!r}: use {' '.join(names)}, and _ for what is something else")
+            raise InputError(f"`{option}` has {shown(unknown[0])}: use {' '.join(names)}, and _ for any other value")
     for call in (layout.call, layout.backward_call):
         if call is not None:
             arguments(call)
     return layout
 
 
-def cannot_express(layout, case, x):
-    """Why the case cannot be put in this layout, or None."""
+def cannot_express(layout: Layout, case: Case, x: dict) -> str | None:
+    """Why this layout cannot express the case with inputs x, or None."""
     if case.op != "gated_delta_rule":
-        return None if layout == Layout() else f"layouts are for the gated delta rule, not for {case.op}"
+        return None if layout == Layout() else f"layouts apply to the gated delta rule only, not to {case.op}"
     if "cu_seqlens" in x and not layout.packed:
-        return "this layout takes no packed sequences"
+        return "this layout does not support packed sequences"
     fixed = 1 / math.sqrt(case.sizes["d_k"])
     if layout.scale == "fixed" and abs(x["scale"] - fixed) > 1e-12:
-        return f"its scale is {x['scale']:g}, and this layout fixes it to d_k ** -0.5"
+        return f"its scale is {x['scale']:g}, but this layout fixes the scale to d_k ** -0.5"
     return None
 
 
-def put(layout, case):
-    """The case in this layout: its inputs, name -> array or number, and what the kit expects of it."""
+def put(layout: Layout, case: Case) -> tuple[dict, Expected]:
+    """Convert a case to this layout: its inputs, name -> array or number; and its expected values in the kit's own."""
     x = make_inputs(case)
     if layout.l2norm == "outside" and layout.scale != "none":
         right = expected(case)
@@ -107,7 +108,7 @@ def put(layout, case):
     if layout.heads == "repeated":
         y["q"], y["k"] = (np.repeat(y[name], case.sizes["H_v"] // case.sizes["H_k"], axis=2) for name in ("q", "k"))
     if layout.gate == "decay":
-        y["g"] = np.exp(y["g"], dtype=np.float64)                          # rounded once, to what is handed over
+        y["g"] = np.exp(y["g"], dtype=np.float64)                          # rounded once, to the dtype passed on
     if layout.state == "vk":
         y |= {name: np.ascontiguousarray(y[name].swapaxes(-1, -2)) for name in ("S0", "dS_end")}
     if layout.order == "head":
@@ -117,10 +118,10 @@ def put(layout, case):
     return y, right
 
 
-def take(layout, case, outputs):
-    """Answers in this layout, name -> array, in the kit's own; arrays of another shape are left for compare to refuse.
+def take(layout: Layout, case: Case, outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Convert outputs from this layout to the kit's own. Arrays of a wrong shape are left for compare_case to reject.
 
-    Intermediates are kept only where the layout leaves heads, states and values as they are.
+    Intermediates are kept only if the layout leaves heads, states and values unchanged.
     """
     if case.op != "gated_delta_rule":
         return outputs
@@ -144,7 +145,7 @@ def take(layout, case, outputs):
 
 
 def _value_order(layout, case):
-    """order[i] = the value head of the case that stands at place i of the layout."""
+    """order[i] = the value head of the case that is at position i in the layout."""
     H_k, H_v = case.sizes["H_k"], case.sizes["H_v"]
     wanted = "tiled" if layout.heads == "tiled" else "grouped"
     if case.options.get("head_order", "grouped") == wanted:
@@ -163,8 +164,8 @@ def _change(y, names, function):
             y[name] = function(y[name])
 
 
-def rule_inputs(layout, x):
-    """The inputs as the rule itself gets them inside a callee of this layout, and {"q", "k": cache of their norm}."""
+def rule_inputs(layout: Layout, x: dict) -> tuple[dict, dict]:
+    """The inputs as the rule receives them inside a callee of this layout, and {"q", "k": cache of their norm}."""
     if layout.scale == "none":
         x = x | {"scale": 1.0}
     if layout.l2norm == "outside":
@@ -174,10 +175,11 @@ def rule_inputs(layout, x):
     return wide | {name: y for name, (y, _) in norms.items()}, {name: cache for name, (_, cache) in norms.items()}
 
 
-def through_norms(y, caches, sample=None):
-    """Answers of the rule with dq and dk taken back through the callee's norms; those of another shape are left.
+def through_norms(y: dict, caches: dict, sample: np.ndarray | None = None) -> dict:
+    """Outputs of the rule with dq and dk passed back through the callee's norms; wrong shapes are left unchanged.
 
-    sample  the tokens that the answers hold
+    caches  from rule_inputs
+    sample  tokens that the outputs are given for; None: all
     """
     y = dict(y)
     for name, cache in caches.items():
@@ -188,7 +190,7 @@ def through_norms(y, caches, sample=None):
 
 
 def _expected_of(layout, case, x):
-    """What is expected when the callee normalises q and k itself, or does not scale q: computed now, noise and all."""
+    """Expected values when the callee normalises q and k itself, or does not scale q: computed now, scales included."""
     x, caches = rule_inputs(layout, x)
     right = compute(case, x)
     scale = dict(right.scales)
@@ -198,24 +200,24 @@ def _expected_of(layout, case, x):
     return right._replace(values=through_norms(right.values, caches, right.sample), scales=scale)
 
 
-def arguments(call):
-    """The call's text as [(keyword or None, name of an input or None, literal)]; raises InputError."""
+def arguments(call: str) -> list[tuple]:
+    """Parse a call's text: [(keyword or None, name of an input or None, literal)]. Raises InputError."""
     try:
         node = ast.parse(f"f({call})", mode="eval").body
         pairs = [(None, arg) for arg in node.args] + [(keyword.arg, keyword.value) for keyword in node.keywords]
         return [(keyword, value.id, None) if isinstance(value, ast.Name) and value.id not in ("True", "False", "None")
                 else (keyword, None, ast.literal_eval(value)) for keyword, value in pairs]
     except (SyntaxError, ValueError, AttributeError) as error:
-        raise InputError(f"the call {call!r} is not a list of arguments such as 'q, k, v, beta, g, state=S0'"
+        raise InputError(f"the call {shown(call)} is not a list of arguments such as 'q, k, v, beta, g, state=S0'"
                          ) from error
 
 
-def call_with(call, inputs):
-    """Positional and keyword arguments of the call; raises InputError when it names an input that the case lacks."""
+def call_with(call: str, inputs: dict) -> tuple[list, dict]:
+    """Positional and keyword arguments of the call. Raises InputError if it names an input that the case lacks."""
     positional, keywords = [], {}
     for keyword, name, literal in arguments(call):
         if name is not None and name not in inputs:
-            raise InputError(f"the call {call!r} wants {name!r}; there are {', '.join(inputs)}")
+            raise InputError(f"the call {shown(call)} needs {name!r}; available are {', '.join(inputs)}")
         value = literal if name is None else inputs[name]
         if keyword is None:
             positional.append(value)
@@ -225,11 +227,12 @@ def call_with(call, inputs):
 
 
 def forward_call(layout, op, inputs):
-    """The text of the forward call: the layout's, or the operator's own; cu_seqlens= is added for packed cases."""
+    """Text of the forward call: the layout's, or the operator's own; cu_seqlens= is added for packed cases."""
     return _call(layout.call, op, inputs, ())
 
 
 def backward_call(layout, op, inputs):
+    """The same for the backward, which also takes the incoming gradients."""
     return _call(layout.backward_call, op, inputs, op.incoming)
 
 
@@ -242,6 +245,6 @@ def _call(text, op, inputs, incoming):
     return text
 
 
-def returned(text, names):
-    """The names of a returned tuple, in order."""
+def returned(text: str | None, names: Iterable[str]) -> list[str]:
+    """Names of the returned values in order: those in the text (comma-separated), or the given ones."""
     return list(names) if text is None else [name.strip() for name in text.split(",")]

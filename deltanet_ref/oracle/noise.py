@@ -1,34 +1,33 @@
-"""How exact an answer can be: the scale of every row of an output, and the noise floor measured on it.
+"""How accurate an output can be: the scale of each of its rows, and its noise floor.
 
-An answer x is compared with the float64 value e as
+An output x is compared with the float64 value e as
 
     error = max |x - e| / (scale * floor)          it passes when error <= FACTOR[precision]
 
-scale   one number for each row (each token and head; the whole of a tensor that has neither): how large the terms are
-        that were summed to make it. Rounding them is what nobody can avoid, so a row that came out small by
-        cancellation is not held to its own size.
-floor   one number for each output and precision: the largest |x - e| / scale that the definition and the chunked form
-        make themselves when they run in that precision.
+scale   one number per row (per token and head; per tensor if it has neither): the size of the terms that were summed.
+        Their rounding is unavoidable, so a row that is small by cancellation is not judged relative to its own size.
+floor   one number per output and precision: the largest |x - e| / scale of the definition and of the chunked form when
+        they run in that precision.
 """
 import numpy as np
 
 from deltanet_ref import ops
 from deltanet_ref.notation import value_to_key_head
-from deltanet_ref.oracle.cases import CHUNK, Draw, bfloat16
+from deltanet_ref.oracle.cases import CHUNK, Case, Draw, bfloat16
 from deltanet_ref.oracle.chunk_by_chunk import chunk_by_chunk
-from deltanet_ref.oracle.operators import DELTA, OPERATORS, in_dtype
+from deltanet_ref.oracle.operators import OPERATORS, in_dtype
 
-FACTOR = {"float32": 16, "bfloat16": 8, "float64": 16}   # orders of summation, chunks, fused products differ by kernel
-PRECISIONS = {"float32": 2.0 ** -24, "bfloat16": 2.0 ** -9}   # unit roundoffs; no floor is below them
-SMALLEST_TERM = 2.0 ** -20    # a scale made of terms is at least this part of the tensor's largest
-SMALLEST_ROW = 2.0 ** -7      # the same for scales that are only a row's own largest entry
-UNDERFLOW = 1e-30             # below this float32 runs out of exponents
+FACTOR = {"float32": 16, "bfloat16": 8, "float64": 16}   # kernels differ in summation order, chunks, fused products
+PRECISIONS = {"float32": 2.0 ** -24, "bfloat16": 2.0 ** -9}   # unit roundoffs, the lower bounds of floors
+SMALLEST_TERM = 2.0 ** -20    # lower bound of a scale computed from terms, relative to the largest of the tensor
+SMALLEST_ROW = 2.0 ** -7      # the same where the scale is just the largest entry of the row
+UNDERFLOW = 1e-30             # lower bound of all scales: float32 underflows below it
 
 
-def scales(case, x, y):
-    """The scale of each row of each output, gradient and intermediate: name -> float64 array of its leading axes.
+def scales(case: Case, x: dict, y: dict) -> dict[str, np.ndarray]:
+    """The scale of each row of each output, gradient and intermediate: name -> float64 array over its leading axes.
 
-    x  the inputs, y the outputs, both float64
+    x, y  inputs and outputs in float64
     """
     axes = OPERATORS[case.op].outputs | OPERATORS[case.op].gradients
     terms = {}
@@ -51,17 +50,18 @@ def scales(case, x, y):
     return out
 
 
-def delta_rule_scales(x, y):
-    """Terms of each output of the rule, from the largest entries M of the state and N of its gradient so far.
+def delta_rule_scales(x: dict, y: dict) -> dict[str, np.ndarray]:
+    """Size of the terms of each output of the rule, from the largest entries so far, M of the state and N of dS.
 
     |x| is the length of a row. Per token and value head:
         o      scale |q| M                       dq  scale |do| M
         dv     |k| N                             dbeta  sqrt(d_v) |k| N (max |v| + |k| M)
         dk     beta (|v| + sqrt(d_v) |k| M) N + |dv| M
-        dg     |dg| + sum_i |q_i dq_i| + sum_i |k_i dk_i|, because dg is small by cancellation under strong decay
+        dg     |dg| + sum_i |q_i dq_i| + sum_i |k_i dk_i|, since dg is small by cancellation under strong decay
         dgc    the scale of dg here and at the next token
         S_end  M at the end                      dS0  N at the start
-    M and N fall with the decay and rise with what is written; q and k of a key head sum over its value heads.
+    M and N shrink with the decay and grow with each write; those of dq and dk are summed over the value heads of a key
+    head.
     """
     B, L, H_v, d_v = x["v"].shape
     H_k = x["k"].shape[2]
@@ -111,16 +111,19 @@ def delta_rule_scales(x, y):
             "dg": dg, "dgc": dg + np.roll(dg, -1, 1), "dS0": N_start}
 
 
-def relative_error(got, want, scale):
-    """|got - want| / scale, elementwise; scale has want's leading axes. 0 where they agree exactly, also at scale 0."""
+def relative_error(got: np.ndarray, want: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """|got - want| / scale, elementwise; scale has the leading axes of want. 0 where equal, even at scale 0."""
     difference = np.abs(np.asarray(got, np.float64) - want)
     scale = scale.reshape(scale.shape + (1,) * (want.ndim - scale.ndim))
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(difference == 0, 0.0, difference / scale)
 
 
-def floors(case, x, y, scale):
-    """The noise floor of each output: name -> {"float32": ...}, and "bfloat16" where the case is for bfloat16."""
+def floors(case: Case, x: dict, y: dict, scale: dict) -> dict[str, dict[str, float]]:
+    """The noise floor of each output: name -> {"float32": floor}, plus "bfloat16" if the case is for bfloat16.
+
+    x, y  inputs and outputs in float64; scale  scales(case, x, y)
+    """
     out = {}
     for precision, smallest in PRECISIONS.items():
         if precision == "bfloat16" and not case.bf16:
@@ -135,37 +138,37 @@ def floors(case, x, y, scale):
 
 
 def _float32_attempts(case, x):
-    """The definition in float32. For the delta rule also the chunked form, with chunks of several lengths: where the
-    borders fall decides how large sums of strong decays grow. For the others, every input off by its rounding error.
+    """The definition in float32. For the delta rule also the chunked form with several chunk lengths, since the chunk
+    boundaries decide how large sums of strong log decays grow. For the other operators, inputs perturbed by rounding.
     """
     yield OPERATORS[case.op].reference(in_dtype(x, np.float32))
     if case.op == "gated_delta_rule":
-        yield _chunked(in_dtype(x, np.float32), chunk=CHUNK)
+        yield chunk_by_chunk(in_dtype(x, np.float32), chunk=CHUNK)
         outputs = OPERATORS[case.op].outputs | OPERATORS[case.op].gradients
         for chunk in (16, 48, 128):
-            y = _chunked(in_dtype(x, np.float32), chunk=chunk)
+            y = chunk_by_chunk(in_dtype(x, np.float32), chunk=chunk)
             yield {name: y[name] for name in outputs}
     else:
-        yield from _with_blurred_inputs(case, x, PRECISIONS["float32"])
+        yield from _with_perturbed_inputs(case, x, PRECISIONS["float32"])
     if case.op == "gated_attention":
         yield _fused_attention(in_dtype(x, np.float32))
 
 
 def _bfloat16_attempts(case, x):
-    """The chunked form with every operand of a product rounded; for the others, every input off by its rounding error.
-    Answers are rounded to bfloat16, all but states and the gradient of g."""
+    """The chunked form with both operands of every product rounded; for the other operators, inputs perturbed by
+    rounding. Outputs are rounded to bfloat16, except states, dg and the loss."""
     if case.op == "gated_delta_rule":
-        attempts = [_chunked(in_dtype(x, np.float32), chunk=CHUNK, operand=bfloat16)]
+        attempts = [chunk_by_chunk(in_dtype(x, np.float32), chunk=CHUNK, operand=bfloat16)]
     else:
-        attempts = _with_blurred_inputs(case, x, PRECISIONS["bfloat16"])
+        attempts = _with_perturbed_inputs(case, x, PRECISIONS["bfloat16"])
     for attempt in attempts:
         yield {name: value if name in ("S_end", "dS0", "dg", "loss") else bfloat16(value)
                for name, value in attempt.items()}
 
 
-def _with_blurred_inputs(case, x, roundoff):
-    """Three times the definition in float64, each input moved by up to the roundoff of its precision: what a kernel
-    gives that is exact for nearly these inputs. Log decays and states stay float32 beside bfloat16 inputs.
+def _with_perturbed_inputs(case, x, roundoff):
+    """The definition in float64, three times, with each input perturbed by up to the roundoff of its precision, as by a
+    kernel that is exact for nearly these inputs. Log decays and states stay float32 next to bfloat16 inputs.
     """
     for n in (1, 2, 3):
         draw = Draw(case.seed + n)
@@ -176,23 +179,11 @@ def _with_blurred_inputs(case, x, roundoff):
 
 
 def _fused_attention(x):
-    """Gradients as fused kernels compute them: the log-sum-exp of a row kept as one number, which costs P digits."""
+    """Gradients as fused kernels compute them: the log-sum-exp of a row is kept as one number, which costs P digits."""
     o, cache = ops.softmax_attention_forward(x["q"], x["k"], x["v"], scale=x["scale"])
     cache = cache._replace(peak=cache.peak + np.log(cache.total), total=np.ones_like(cache.total))
     do, _ = ops.sigmoid_gate_backward(x["dy"], ops.sigmoid_gate_forward(o, x["gate"])[1])
     return dict(zip(("dq", "dk", "dv"), ops.softmax_attention_backward(do, cache)))
-
-
-def _chunked(x, **options):
-    """chunk_by_chunk, packed sequences one after the other."""
-    if "cu_seqlens" not in x:
-        return chunk_by_chunk(x, **options)
-    parts = []
-    for n, (start, stop) in enumerate(zip(x["cu_seqlens"], x["cu_seqlens"][1:])):
-        part = {name: a[:, start:stop] for name, a in x.items() if name in ("q", "k", "v", "g", "beta", "do")}
-        parts.append(chunk_by_chunk(x | part | {name: x[name][n:n + 1] for name in ("S0", "dS_end")}, **options))
-    return {name: np.concatenate([part[name] for part in parts], 0 if name in ("S_end", "dS0") else 1)
-            for name in DELTA.outputs | DELTA.gradients}
 
 
 ATTEMPTS = {"float32": _float32_attempts, "bfloat16": _bfloat16_attempts}

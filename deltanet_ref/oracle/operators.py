@@ -1,23 +1,25 @@
-"""What each operator of the kit takes and returns, in pipeline order, and the reference that computes it.
+"""THE table of operators in the kit: arguments, outputs and gradients in pipeline order, and the reference.
 
-Axes, one letter each: s sequence, t token, h head, f a feature (any other axis).
+Axes, one letter each: s sequence, t token, h head, f feature (any other axis).
 """
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from deltanet_ref import ops
 from deltanet_ref.ops import gated_delta_rule as gdr
+from deltanet_ref.ops.lora_linear import Update
 
 
 class Operator(NamedTuple):
     """forward(*args, **options) -> outputs; backward(*args, **options, **incoming) -> gradients."""
     args: tuple               # positional arguments
-    options: tuple            # keyword-only arguments; cu_seqlens comes last where a case has it
+    options: tuple            # keyword-only arguments; cu_seqlens, for packed cases, is last
     outputs: dict             # name -> axes
     incoming: tuple           # gradients of the outputs
     gradients: dict           # name -> axes
-    reference: Callable       # inputs -> {output or gradient: array}, in the dtype of the inputs
+    reference: Callable       # inputs -> {output or gradient: array} in the dtype of the inputs
 
 
 def _delta(x):
@@ -30,7 +32,7 @@ def _delta(x):
 
 
 def _delta_step(x):
-    """The same of one token, its axis taken away."""
+    """One token, without a token axis."""
     tokens = {name: x[name][:, None] for name in ("q", "k", "v", "g", "beta", "do")}
     y = _delta(x | tokens)
     return {name: value if name in ("S_end", "dS0") else value[:, 0] for name, value in y.items()}
@@ -83,21 +85,21 @@ def _cross_entropy(x):
 
 
 def _lora(x):
-    update, cache = ops.lora_forward(x["x"], x["a"], x["b"], x["scale"])
-    y = ops.linear_forward(x["x"], x["w"]) + update
-    dx, da, db = ops.lora_backward(x["dy"], cache)
+    y = ops.linear_forward(x["x"], x["w"])
+    cache = ops.lora_forward([y], x["x"], [Update(0, x["a"], x["b"], x["scale"])])
+    dx, [(da, db)] = ops.lora_backward([x["dy"]], cache)
     return {"y": y, "dx": dx + ops.linear_backward_input(x["dy"], x["w"]), "da": da, "db": db}
 
 
 def _model(x):
-    """The whole network: logits, loss and gradients of all tokens; then a prompt and one token per call."""
+    """The whole network: logits, loss and gradients over all tokens; then prefill of a prompt and decode steps."""
     from deltanet_ref.model.qwen35 import Qwen35
     from deltanet_ref.model.weights import Weights
     from deltanet_ref.oracle.cases import tiny_config
 
     config = tiny_config()
     stored = {name: value for name, value in x.items() if name not in OPERATORS["qwen35"].args}
-    model = Qwen35(config, Weights(config, stored, x["output.weight"].dtype), backend=ops)
+    model = Qwen35(config, Weights(config, stored, x["output.weight"].dtype, ops))
     tokens, prompt = x["tokens"], x["prompt"]
     loss, gradients = model.loss_and_grads(tokens, x["labels"])
     decoded, state = model.prefill(tokens[:, :prompt])
@@ -145,12 +147,12 @@ OPERATORS = {
 }
 
 
-def held_in(dtype):
-    """The dtype of arrays that stand for this one where there is no bfloat16."""
+def held_in(dtype: str) -> str:
+    """The NumPy dtype that holds values of this dtype: float32 for bfloat16."""
     return "float32" if dtype == "bfloat16" else dtype
 
 
-def in_dtype(inputs, dtype):
-    """The same inputs with every float array in dtype."""
+def in_dtype(inputs: dict, dtype) -> dict:
+    """The inputs with every float array converted to dtype."""
     return {name: x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
             for name, x in inputs.items()}

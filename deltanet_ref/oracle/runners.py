@@ -1,6 +1,6 @@
-"""The ways to put a case to an implementation: Python callables here, in a process of their own, a program, or files.
+"""Runners, which apply an implementation to a case: Python callables in this or another process, a program, or files.
 
-Each runner has run(case, inputs, layout) -> Answer and provenance, which names what really answered.
+Each runner has run(case, inputs, layout) -> Answer, and provenance, a text that identifies what was actually run.
 """
 import contextlib
 import hashlib
@@ -18,35 +18,41 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, InternalError, shown
+from deltanet_ref.oracle.cases import Case
 from deltanet_ref.oracle.exchange import FORMATS, read_answers, write_case
-from deltanet_ref.oracle.layouts import backward_call, call_with, forward_call, returned
+from deltanet_ref.oracle.layouts import Layout, backward_call, call_with, forward_call, returned
 from deltanet_ref.oracle.operators import OPERATORS, held_in, in_dtype
 
-WIDE = ("g", "S0", "dS_end", "A_log", "dt_bias", "dg", "S")               # stay float32 beside bfloat16 inputs
-START_SECONDS = 180           # an import may compile kernels
+ALWAYS_FLOAT32 = ("g", "S0", "dS_end", "A_log", "dt_bias", "dg", "S")     # even when the inputs are bfloat16
+START_SECONDS = 180           # for the import, which may compile kernels
 
 
 class Answer(NamedTuple):
+    """What an implementation returned for one case."""
     outputs: dict | None      # name -> NumPy array, in the implementation's layout
-    status: str = "ok"        # or ERROR, TIMEOUT, MISSING when there are no outputs
+    status: str = "ok"        # or ERROR, TIMEOUT, MISSING, SKIP when there are no outputs
     message: str = ""
-    device: str = ""          # where the answer was computed, as the arrays say
+    device: str = ""          # where the outputs were computed, according to the arrays
 
 
 # ------------------------------------------------------------------------------------------------- kinds of arrays
+#
+# array(x, dtype) converts from NumPy, numpy(x) back; device(x) describes where x lives; gradients(...) uses the
+# framework's autodiff: see TorchArrays.
 
 class NumpyArrays:
-    """NumPy: float32 or float64; bfloat16 inputs come as float32 arrays of bfloat16 numbers."""
+    """NumPy: float32 or float64; bfloat16 values are passed in float32 arrays."""
 
     def __init__(self, device):
         if device not in (None, "cpu"):
-            raise InputError(f"--device {device}: NumPy arrays have none; use --array torch, jax or cupy")
+            raise InputError(f"`device` is {shown(device)}; NumPy arrays have none: use `array` torch, jax or cupy")
 
     def array(self, x, dtype):
         return np.array(x, np.float32 if dtype == "bfloat16" else dtype)
@@ -58,11 +64,11 @@ class NumpyArrays:
         return f"numpy {np.__version__}"
 
     def gradients(self, function, inputs, names, incoming):
-        raise InputError("--backward autograd needs a framework: add --array torch or --array jax")
+        raise InputError("autograd as the backward needs a framework: use `array` torch or jax")
 
 
 class CupyArrays(NumpyArrays):
-    """CuPy; bfloat16 as with NumPy."""
+    """CuPy; bfloat16 as for NumPy."""
 
     def __init__(self, device):
         import cupy
@@ -80,7 +86,7 @@ class CupyArrays(NumpyArrays):
 
 
 class TorchArrays:
-    """PyTorch tensors, bfloat16 ones too, on --device."""
+    """PyTorch tensors, including bfloat16, on the given device (default cpu)."""
 
     def __init__(self, device):
         import torch
@@ -100,20 +106,23 @@ class TorchArrays:
         return f"torch {self.torch.__version__} on {getattr(x, 'device', 'cpu')}"
 
     def gradients(self, function, inputs, names, incoming):
-        """Gradients of sum(output * its incoming gradient) at the named inputs; an input that is not used has zeros."""
+        """Gradients of sum(output * incoming gradient) with respect to the named inputs; zeros for an unused input.
+
+        function  inputs -> {output name: array}; incoming  {output name: incoming gradient}
+        """
         inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in names}
         with self.torch.enable_grad():
             outputs = function(inputs)
             loss = sum((outputs[name] * d).sum() for name, d in incoming.items()
                        if getattr(outputs.get(name), "requires_grad", False))
         if not isinstance(loss, self.torch.Tensor):
-            raise RuntimeError("autograd finds no way from the outputs to the inputs: were they detached?")
+            raise RuntimeError("autograd finds no path from the outputs to the inputs: were they detached?")
         found = self.torch.autograd.grad(loss, [inputs[name] for name in names], allow_unused=True)
         return {name: self.torch.zeros_like(inputs[name]) if d is None else d for name, d in zip(names, found)}
 
 
 class JaxArrays:
-    """JAX arrays on --device (cpu, gpu, tpu); float64 turns jax_enable_x64 on."""
+    """JAX arrays on the given device (cpu, gpu, tpu); float64 sets jax_enable_x64."""
 
     def __init__(self, device):
         import jax
@@ -136,8 +145,8 @@ class JaxArrays:
             outputs = function(inputs | chosen)
             return {name: outputs[name] for name in incoming}
 
-        outputs, pull_back = self.jax.vjp(outputs_of, {name: inputs[name] for name in names})
-        found, = pull_back({name: self.jax.numpy.asarray(d, outputs[name].dtype) for name, d in incoming.items()})
+        outputs, vjp = self.jax.vjp(outputs_of, {name: inputs[name] for name in names})
+        found, = vjp({name: self.jax.numpy.asarray(d, outputs[name].dtype) for name, d in incoming.items()})
         return found
 
 
@@ -147,38 +156,38 @@ ARRAYS = {"numpy": NumpyArrays, "torch": TorchArrays, "jax": JaxArrays, "cupy": 
 # ------------------------------------------------------------------------------------------------ Python callables
 
 class Callables:
-    """forward and backward called in this process. backward: a callable, "autograd", or None."""
+    """Calls forward and backward in this process. backward: a callable, "autograd", or None."""
 
     def __init__(self, forward, backward=None, *, array="numpy", device=None, dtype="float32"):
         self.forward, self.backward, self.dtype = forward, backward, dtype
         self.arrays = ARRAYS[array](device)
         self.provenance = ", ".join(source_of(f) for f in (forward, backward) if callable(f))
 
-    def run(self, case, inputs, layout):
+    def run(self, case: Case, inputs: dict, layout: Layout) -> Answer:
         op = OPERATORS[case.op]
         if case.op == "qwen35":
-            return Answer(None, "SKIP", "a whole model is for programs and files; for one in Python use trace and diff")
+            return Answer(None, "SKIP", "whole models are tested as programs or files; in Python, use trace and diff")
         try:
             outputs, device = self._forward(op, inputs, layout)
             if self.backward is not None:
                 outputs |= self._backward(op, inputs, layout)
         except InputError:
             raise
-        except Exception as error:                                         # whatever the callable raises is its verdict
-            return Answer(None, "ERROR", f"{_in_a_line(error)} ({_place(error)})")
+        except Exception as error:                                         # an exception of the callable is the verdict
+            return Answer(None, "ERROR", f"{_one_line(error)} ({_location(error)})")
         try:
             outputs = {name: self.arrays.numpy(value) for name, value in outputs.items() if value is not None}
         except Exception as error:
-            return Answer(None, "ERROR", f"an answer is no array: {_in_a_line(error)}")
+            return Answer(None, "ERROR", f"an output is not an array: {_one_line(error)}")
         if objects := [name for name, value in outputs.items() if value.dtype.kind == "O"]:
-            return Answer(None, "ERROR", f"{objects[0]} is no array of numbers")
+            return Answer(None, "ERROR", f"{objects[0]} is not an array of numbers")
         return Answer(outputs, device=device)
 
     def _forward(self, op, inputs, layout):
         given = self._arrays(inputs)
         positional, keywords = call_with(forward_call(layout, op, given), given)
         result = self.forward(*positional, **keywords)
-        outputs = named(result, returned(layout.returns, op.outputs))
+        outputs = _by_name(result, returned(layout.returns, op.outputs))
         first = next((value for value in outputs.values() if value is not None), None)
         return outputs, self.arrays.device(first)
 
@@ -188,31 +197,31 @@ class Callables:
 
             def function(x):
                 positional, keywords = call_with(forward_call(layout, op, x), x)
-                return named(self.forward(*positional, **keywords), returned(layout.returns, op.outputs))
+                return _by_name(self.forward(*positional, **keywords), returned(layout.returns, op.outputs))
 
             incoming = {output: given[d] for output, d in zip(op.outputs, op.incoming)}
             found = self.arrays.gradients(function, given, [name[1:] for name in op.gradients], incoming)
             return {f"d{name}": d for name, d in found.items()}
         given = self._arrays(inputs)
         positional, keywords = call_with(backward_call(layout, op, given), given)
-        return named(self.backward(*positional, **keywords), returned(layout.gradients, op.gradients))
+        return _by_name(self.backward(*positional, **keywords), returned(layout.gradients, op.gradients))
 
     def _arrays(self, inputs):
-        """Fresh arrays for each call, so that a callee may overwrite its arguments. Integers stay integers."""
+        """New arrays for each call, so that the callee may overwrite its arguments. Integers stay integers."""
         wide = held_in(self.dtype)
         return {name: value if not isinstance(value, np.ndarray)
-                else self.arrays.array(value, wide if name in WIDE else self.dtype) if value.dtype.kind == "f"
+                else self.arrays.array(value, wide if name in ALWAYS_FLOAT32 else self.dtype) if value.dtype.kind == "f"
                 else self.arrays.array(value, str(value.dtype)) for name, value in inputs.items()}
 
 
-def _in_a_line(error):
-    """An exception's type and the beginning of what it says."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said[:200]}{'...' * (len(said) > 200)}"
+def _one_line(error):
+    """An exception's type and the first 200 characters of its message."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'...' * (len(text) > 200)}"
 
 
-def named(result, names):
-    """A returned tuple as name -> array; a dict after the last name holds intermediates. "_" is thrown away."""
+def _by_name(result, names):
+    """A returned tuple as name -> array; a dict after the last name holds intermediates. "_" is ignored."""
     values = list(result) if isinstance(result, (tuple, list)) else [result]
     out = {name: value for name, value in zip(names, values) if name != "_"}
     if len(values) > len(names) and isinstance(values[len(names)], dict):
@@ -220,14 +229,14 @@ def named(result, names):
     return out
 
 
-def load_callable(spec):
-    """The function that "module:function" or "path/file.py:function" names, looked for in the working directory first.
+def load_callable(spec: str) -> Callable:
+    """Import "module:function" or "path/file.py:function"; modules may be in the working directory.
 
-    Raises InputError with the reason when it cannot be imported.
+    Raises InputError with the reason if that fails.
     """
     module_name, _, function = spec.rpartition(":")
     if not module_name or not function:
-        raise InputError(f"{spec!r} names no function: write module:function or path/to/file.py:function")
+        raise InputError(f"{shown(spec)} does not name a function: write module:function or path/to/file.py:function")
     try:
         if module_name.endswith(".py"):
             path = Path(module_name).resolve()
@@ -243,15 +252,15 @@ def load_callable(spec):
         target = module
         for part in function.split("."):
             target = getattr(target, part)
-    except BaseException as error:                                         # the module's SystemExit too
+    except BaseException as error:                                         # including the module's SystemExit
         raise InputError(f"{spec} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(target):
-        raise InputError(f"{spec} is a {type(target).__name__}, not a function")
+        raise InputError(f"{spec} has type {type(target).__name__} and is not a function")
     return target
 
 
-def source_of(function):
-    """"module.function (file:line)"."""
+def source_of(function: Callable) -> str:
+    """"module.function (file:line)", or just the name if the source is unknown."""
     name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
     try:
         plain = inspect.unwrap(function)
@@ -260,20 +269,20 @@ def source_of(function):
         return name
 
 
-def _place(error):
-    """The file and line of the innermost frame of the error's traceback; where it is ours the call did not fit."""
+def _location(error):
+    """File and line of the innermost frame of the traceback; if that is this file, the call itself did not fit."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     if frame.filename == __file__:
-        return "in the call: --layout or --call declares another one"
+        return "in the call itself: declare the layout or the call that it expects"
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
-# -------------------------------------------------------------------------------------------- in a process of its own
+# ------------------------------------------------------------------------------------------- in a separate process
 
 class Worker:
-    """Callables in a child process, which is ended and started anew when a case takes too long or kills it.
+    """Callables in a child process, which is restarted after a case that exceeds the timeout (seconds) or kills it.
 
-    Raises InputError when a callable cannot be imported.
+    Raises InputError if a callable cannot be imported.
     """
 
     def __init__(self, forward, backward=None, *, array=None, device=None, dtype="float32", timeout=20.0):
@@ -283,7 +292,7 @@ class Worker:
         self._start()
 
     def _start(self):
-        path = os.pathsep.join(filter(None, sys.path))                     # the child finds what this process finds
+        path = os.pathsep.join(filter(None, sys.path))                     # the same import path as this process
         self.process = subprocess.Popen([sys.executable, "-m", "deltanet_ref.oracle.worker"], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, start_new_session=os.name == "posix",
                                         env=os.environ | {"PYTHONPATH": path})
@@ -294,27 +303,27 @@ class Worker:
             self.close()
             if isinstance(reply, InputError):
                 raise reply
-            reason = f"the process ended, {reply}" if reply else f"not done within {START_SECONDS} s"
+            reason = f"the process ended ({reply})" if reply else f"it took more than {START_SECONDS} s"
             raise InputError(f"{self.setup['forward']} cannot be imported: {reason}")
         self.provenance, self.array = reply["provenance"], reply["array"]
 
-    def run(self, case, inputs, layout):
+    def run(self, case: Case, inputs: dict, layout: Layout) -> Answer:
         if self.process is None:
             self._start()
         reply = self._ask((case, inputs, layout), self.timeout)
-        if isinstance(reply, InputError):
+        if isinstance(reply, (InputError, InternalError)):
             raise reply
         if isinstance(reply, Answer):
             return reply
         if reply is None:
             answer = Answer(None, "TIMEOUT", f"no answer in {self.timeout:g} s")
         else:
-            answer = Answer(None, "ERROR", f"the process died: {reply}")
+            answer = Answer(None, "ERROR", f"the process died ({reply})")
         self.close()
         return answer
 
     def _ask(self, question, seconds):
-        """The reply; None when there is none in time; a text when the process died."""
+        """The reply; None after a timeout; the exit reason as a text if the process died."""
         try:
             pickle.dump(question, self.process.stdin)
             self.process.stdin.flush()
@@ -323,12 +332,12 @@ class Worker:
             return None
         except OSError:
             reply = EOFError
-        return _how_it_ended(self.process) if reply is EOFError else reply
+        return _exit_reason(self.process) if reply is EOFError else reply
 
     def close(self):
         if self.process is not None:
-            _end(self.process)
-            with contextlib.suppress(BrokenPipeError):                     # what it had not read yet
+            _kill(self.process)
+            with contextlib.suppress(BrokenPipeError):                     # closing flushes what was not read
                 self.process.stdin.close()
             self.process = None
 
@@ -341,14 +350,14 @@ def _read_replies(stream, replies):
         replies.put(EOFError)
 
 
-def _end(process):
-    """Kill the process and what it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):         # it has ended by itself
+def _kill(process):
+    """Kill the process and its children (its process group), and wait for it."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):         # already ended
         os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
     process.wait()
 
 
-def _how_it_ended(process):
+def _exit_reason(process):
     status = process.wait()
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
@@ -358,20 +367,21 @@ def _how_it_ended(process):
 # ---------------------------------------------------------------------------------------------- programs and files
 
 class Program:
-    """A command with {in} and {out}, run once for each case; both are files of one format."""
+    """A command with {in} and {out}, run once per case: files of the given format. timeout: seconds per case."""
 
     def __init__(self, command, *, format="safetensors", timeout=20.0, dtype="float32"):
         try:
             self.words = shlex.split(command)
         except ValueError as error:
-            raise InputError(f"the command {command!r} cannot be read: {error}") from error
+            raise InputError(f"the command {shown(command)} cannot be parsed: {error}") from error
         if not any("{in}" in word for word in self.words) or not any("{out}" in word for word in self.words):
-            raise InputError(f"the command {command!r} must contain {{in}} and {{out}}, the files to read and to write")
+            raise InputError(f"the command {shown(command)} must contain {{in}} and {{out}}, the files to read and "
+                             "to write")
         self.format, self.timeout, self.dtype = format, timeout, dtype
         self.directory = tempfile.TemporaryDirectory(prefix="deltanet-ref-")
         self.provenance = _program_facts(self.words)
 
-    def run(self, case, inputs, layout):
+    def run(self, case: Case, inputs: dict, layout: Layout) -> Answer:
         source, target = (Path(self.directory.name) / f"{name}.{self.format}" for name in ("in", "out"))
         write_case(source, in_dtype(inputs, held_in(self.dtype)))
         target.unlink(missing_ok=True)
@@ -382,16 +392,16 @@ class Program:
         except OSError as error:
             raise InputError(f"the program {words[0]} cannot be run: {error.strerror}") from error
         try:
-            said, _ = process.communicate(timeout=self.timeout)
+            output, _ = process.communicate(timeout=self.timeout)
         except subprocess.TimeoutExpired:
             return Answer(None, "TIMEOUT", f"no answer in {self.timeout:g} s")
         finally:
-            _end(process)
+            _kill(process)
         if process.returncode:
-            last = said.decode("utf-8", "replace").strip().rpartition("\n")[2]
-            return Answer(None, "ERROR", f"the program ended, {_how_it_ended(process)}" + (last and f": {last}"))
+            last = output.decode("utf-8", "replace").strip().rpartition("\n")[2]
+            return Answer(None, "ERROR", f"the program failed ({_exit_reason(process)})" + (last and f": {last}"))
         if not target.exists():
-            return Answer(None, "ERROR", "the program wrote no answer: {out} is not there")
+            return Answer(None, "ERROR", "the program wrote no answer: {out} does not exist")
         return _answer_from(target, case, layout)
 
     def close(self):
@@ -399,21 +409,21 @@ class Program:
 
 
 class Results:
-    """Answers computed elsewhere: DIRECTORY/CASE-ID.safetensors, .npz or .gguf, such as results/delta/plain.npz."""
+    """Answers computed elsewhere, as DIRECTORY/CASE-ID.safetensors, .npz or .gguf, such as results/delta/plain.npz."""
 
     def __init__(self, directory):
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise InputError(f"{directory}: is no directory; it must hold a file for each case, such as "
+            raise InputError(f"{directory}: is not a directory; it must hold one file per case, such as "
                              f"{Path(directory) / 'delta' / 'plain.safetensors'}")
         self.provenance = f"files in {self.directory}"
 
-    def run(self, case, inputs, layout):
+    def run(self, case: Case, inputs: dict, layout: Layout) -> Answer:
         for suffix in FORMATS:
             path = self.directory / f"{case.id}.{suffix}"
             if path.exists():
                 return _answer_from(path, case, layout)
-        return Answer(None, "MISSING", f"there is no {self.directory / case.id}.safetensors (or .npz, .gguf)")
+        return Answer(None, "MISSING", f"{self.directory / case.id}.safetensors (or .npz, .gguf) does not exist")
 
     def close(self):
         pass
@@ -422,9 +432,9 @@ class Results:
 def _answer_from(path, case, layout):
     try:
         arrays = {name: np.array(value) for name, value in read_answers(path).items()}
-    except Exception as error:                                             # a damaged file is this case's verdict
+    except Exception as error:                                             # a damaged file is the verdict on this case
         return Answer(None, "ERROR", f"the answer cannot be read: {error}")
-    if path.suffix == ".gguf":                                             # ggml drops leading axes of 1
+    if path.suffix == ".gguf":                                             # ggml drops leading axes of size 1
         axes = OPERATORS[case.op].outputs | OPERATORS[case.op].gradients
         arrays = {name: a.reshape((1,) * (len(axes[name]) - a.ndim) + a.shape) if name in axes else a
                   for name, a in arrays.items()}
@@ -432,7 +442,7 @@ def _answer_from(path, case, layout):
 
 
 def _program_facts(words):
-    """The program and the files among its words, such as a script, each with the beginning of its sha256."""
+    """The program and the files among its arguments, such as a script, each with the start of its sha256."""
     program = shutil.which(words[0])
     if program is None:
         problem = (f"is not executable: chmod +x {words[0]}" if Path(words[0]).is_file() else

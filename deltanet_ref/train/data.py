@@ -9,15 +9,18 @@
 | {"messages", "tools"?}                       | by the model's chat template        | what the assistant produced     |
 | {"conversations"} (ShareGPT)                 | the same, names translated          | the same                        |
 
-"end" is the tokenizer's end token (end_token). Prompts and completions go in as they are, without chat template, and
-are encoded apart: just so does generate encode a prompt. Special tokens in the text are parsed.
+"end" is the tokenizer's end token (end_token). Prompts and completions are used as they are, without the chat template,
+and are encoded separately, exactly as generate encodes a prompt. Special tokens in the text are parsed.
+
+A row comes from outside: any of its fields may hold any JSON value. Rows that do not fit raise InputError.
 """
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, counted, json_kind, shown
 from deltanet_ref.formats.tokenizer import END_OF_TURN
 from deltanet_ref.train.batches import IGNORED, Example
 from deltanet_ref.train.masks import conversation_tokens
@@ -28,11 +31,11 @@ SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistan
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def read_dataset(path):
-    """Read a .jsonl file (all of it is "train"), or a directory with train.jsonl and maybe valid.jsonl and test.jsonl.
+def read_dataset(path: Path | str) -> dict[str, list]:
+    """Read a .jsonl file (the split "train"), or a directory with train.jsonl, valid.jsonl, test.jsonl or some of them.
 
-    returns split name -> [(source "file:line", row dict)]; blank lines are passed over
-    Raises InputError naming the first line at fault and how many more there are.
+    returns split name -> [(source "file:line", JSON value)]; blank lines are skipped
+    Raises InputError naming the first faulty line and the number of others.
     """
     path = Path(path)
     if not path.exists():
@@ -41,7 +44,7 @@ def read_dataset(path):
         return {"train": _read_rows(path)}
     files = {split: path / f"{split}.jsonl" for split in SPLITS}
     if not any(file.is_file() for file in files.values()):
-        raise InputError(f"{path}: holds none of {', '.join(f'{split}.jsonl' for split in SPLITS)}")
+        raise InputError(f"{path}: the directory contains none of {', '.join(f'{split}.jsonl' for split in SPLITS)}")
     return {split: _read_rows(file) for split, file in files.items() if file.is_file()}
 
 
@@ -49,6 +52,8 @@ def _read_rows(path):
     rows, faults = [], []
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
     for number, line in enumerate(lines, 1):
@@ -59,31 +64,34 @@ def _read_rows(path):
                 faults.append(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
             except RecursionError:
                 faults.append(f"{path}:{number}: nested too deeply")
+            except ValueError as error:         # an integer of more digits than Python converts
+                faults.append(f"{path}:{number}: not usable: {error}")
     _raise_first(faults)
     if not rows:
-        raise InputError(f"{path}: holds no rows; write one JSON object to a line")
+        raise InputError(f"{path}: contains no rows; write one JSON object per line")
     return rows
 
 
-def sequence_limit(seq_len, context, default):
-    """The most tokens an example may have: seq_len, or default if that is None, within the model's context.
+def sequence_limit(seq_len: int | None, context: int, default: int) -> int:
+    """The maximum number of tokens of an example: seq_len, or by default min(default, context).
 
-    Raises InputError when seq_len is out of range.
+    Raises InputError unless 2 <= seq_len <= context.
     """
     if seq_len is None:
         return min(default, context)
     if not 2 <= seq_len <= context:
-        raise InputError(f"--seq-len is {seq_len}, it must be from 2 to the model's context of {context} tokens")
+        raise InputError(f"`seq_len` is {seq_len}, it must be from 2 to the model's context of {context} tokens")
     return seq_len
 
 
-def encode_dataset(rows, tokenizer, *, mask_prompt=True, seq_len=None, truncate=False):
-    """Turn [(source, row)] into Examples; Examples in place of rows pass through, but their lengths are checked too.
+def encode_dataset(rows: Iterable, tokenizer, *, mask_prompt: bool = True, seq_len: int | None = None,
+                   truncate: bool = False) -> list[Example]:
+    """Turn [(source, row)] into Examples. A row may be an Example already; its length is checked too.
 
     mask_prompt  False also trains on prompts, and on the whole text of conversations
-    seq_len      most tokens an example may have
-    truncate     cut longer ones instead of refusing them
-    Raises InputError naming the first row at fault and how many more there are.
+    seq_len      maximum number of tokens of an example; None for no limit
+    truncate     cut longer examples instead of refusing them
+    Raises InputError naming the first faulty row and the number of others.
     """
     examples, faults = [], []
     for source, row in rows:
@@ -98,28 +106,32 @@ def encode_dataset(rows, tokenizer, *, mask_prompt=True, seq_len=None, truncate=
 
 def _raise_first(faults):
     if faults:
-        raise InputError(faults[0] + (f" (and {len(faults) - 1} more lines with faults)" if len(faults) > 1 else ""))
+        more = f" (and {counted(len(faults) - 1, 'more faulty row')})" if len(faults) > 1 else ""
+        raise InputError(faults[0] + more)
 
 
 def _fit_length(example, seq_len, truncate):
     n = len(example.tokens)
     if seq_len is not None and n > seq_len:
         if not truncate:
-            raise InputError(f"{n} tokens are more than --seq-len {seq_len}: raise it, or give --truncate to cut")
+            raise InputError(f"{n} tokens are more than `seq_len` {seq_len}: raise it, or cut with `truncate=True`")
         example = Example(example.tokens[:seq_len], example.labels[:seq_len], example.source)
     if not example.kept:
-        cut = f" in the first {seq_len} of {n} tokens: raise --seq-len" if len(example.tokens) < n else ""
+        cut = f" in the first {seq_len} of {n} tokens: raise `seq_len`" if len(example.tokens) < n else ""
         raise InputError(f"nothing to train on{cut}")
     return example
 
 
-def encode_row(row, tokenizer, source="", mask_prompt=True):
-    """Turn one row into an Example, by the table above. Raises InputError (without the source) if it fits no kind."""
+def encode_row(row, tokenizer, source: str = "", mask_prompt: bool = True) -> Example:
+    """Turn one row, any JSON value, into an Example by the table above.
+
+    Raises InputError, whose text does not name the source, if the row does not fit the table.
+    """
     if not isinstance(row, dict):
-        raise InputError(f"a row must be a JSON object, this is {_kind(row)}")
+        raise InputError(f"a row must be a JSON object, this is {json_kind(row)}")
     kind = next((kind for kind in ROW_KINDS if kind in row), None)
     if kind is None:
-        found = ", ".join(map(repr, row)) or "no fields"
+        found = ", ".join(shown(name) for name in list(row)[:8]) or "no fields"
         raise InputError(f"has {found}; a row needs text, prompt and completion, messages, instruction and output, "
                          "or conversations")
     tokens, trained = ROW_KINDS[kind](row, tokenizer)
@@ -147,11 +159,11 @@ def _prompt_and_completion(tokenizer, prompt, completion):
     return np.array(given + answer, np.int32), np.arange(len(given) + len(answer)) >= len(given)
 
 
-def end_token(tokenizer):
-    """The id that ends a document: of several end tokens, one that ends more than a turn."""
+def end_token(tokenizer) -> int:
+    """The id of the token that ends a document: of several end tokens, not the one that ends a turn."""
     ends = sorted(tokenizer.eos_ids, key=lambda token: (token == tokenizer.token_id(END_OF_TURN), token))
     if not ends:
-        raise InputError("the tokenizer has no end token, so nothing would teach the model to stop: convert it again")
+        raise InputError("the tokenizer has no end token, so the model would never learn to stop: convert it again")
     return ends[0]
 
 
@@ -163,8 +175,8 @@ def _sharegpt(row, tokenizer):
     messages = []
     for turn in _list(row, "conversations"):
         role = turn.get("from") if isinstance(turn, dict) else None
-        if role not in SHAREGPT_ROLES:
-            raise InputError(f"conversations: turn from {role!r}; known are {', '.join(SHAREGPT_ROLES)}")
+        if not isinstance(role, str) or role not in SHAREGPT_ROLES:
+            raise InputError(f"conversations: turn from {shown(role)}; use one of {', '.join(SHAREGPT_ROLES)}")
         messages.append({"role": SHAREGPT_ROLES[role], "content": _string(turn, "value", empty=True)})
     return _conversation(tokenizer, messages, row.get("tools"))
 
@@ -172,13 +184,16 @@ def _sharegpt(row, tokenizer):
 def _conversation(tokenizer, messages, tools):
     if tokenizer.chat_template is None:
         raise InputError("a conversation needs a chat template, which this model lacks: "
-                         "give rows of prompt and completion")
-    for message in messages:
+                         "use rows of prompt and completion")
+    for i, message in enumerate(messages, 1):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise InputError(f"messages: each needs a role out of {', '.join(ROLES)}")
-        if message["role"] != "assistant" or not message.get("tool_calls"):
-            if not isinstance(message.get("content"), (str, list)):
-                raise InputError(f"messages: a {message['role']} message has no content")
+            raise InputError(f"messages: message {i} needs a role, one of {', '.join(ROLES)}")
+        content = message.get("content")
+        if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+            continue            # a call alone
+        if not isinstance(content, (str, list)):
+            raise InputError(f"messages: message {i} ({message['role']}) "
+                             + ("has no content" if content is None else f"has {json_kind(content)} as content"))
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError("messages: no assistant message, so nothing to train on")
     return conversation_tokens(tokenizer, messages, tools=tools)
@@ -187,7 +202,7 @@ def _conversation(tokenizer, messages, tools):
 def _string(row, field, empty=False):
     value = row.get(field)
     if not isinstance(value, str):
-        raise InputError(f"{field} is missing" if field not in row else f"{field} must be text, it is {_kind(value)}")
+        raise InputError(f"{field} must be text, it is {json_kind(value)}" if field in row else f"{field} is missing")
     if not value and not empty:
         raise InputError(f"{field} is empty")
     return value
@@ -196,14 +211,9 @@ def _string(row, field, empty=False):
 def _list(row, field):
     value = row[field]
     if not isinstance(value, list) or not value:
-        raise InputError(f"{field} must be a list with something in it")
+        raise InputError(f"{field} must be a non-empty list")
     return value
 
 
-def _kind(value):
-    return JSON_KINDS.get(type(value), "a number")
-
-
-JSON_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
 ROW_KINDS = {"messages": _messages, "conversations": _sharegpt, "instruction": _alpaca, "prompt": _prompt_completion,
              "completion": _prompt_completion, "text": _text}

@@ -1,4 +1,4 @@
-"""The training loop, for any set of arrays and any function that gives their loss and gradients."""
+"""The training loop, for any arrays and any function that returns their loss and gradients."""
 import itertools
 import math
 import signal
@@ -16,14 +16,14 @@ from deltanet_ref.train.memory import peak_memory
 
 
 class Diverged(ArithmeticError):
-    """The loss or a gradient is no longer finite. The step that found it changed nothing."""
+    """The loss or a gradient is no longer finite. The step that found this changed nothing."""
 
 
 class TrainRecord(NamedTuple):
-    """What happened since the record before."""
+    """Measurements since the previous record."""
     iteration: int
     loss: float              # mean over the trained tokens of these iterations
-    learning_rate: float     # of the last of them
+    learning_rate: float     # of the last iteration
     iterations_per_second: float
     tokens_per_second: float  # all tokens that went through the model, trained or not
     trained_tokens: int      # since the start
@@ -31,7 +31,7 @@ class TrainRecord(NamedTuple):
 
 
 class EvalRecord(NamedTuple):
-    """A validation. Iteration 1 is measured before its update, every other one after."""
+    """A validation. At iteration 1 it is before the update, at all others after it."""
     iteration: int
     loss: float
     seconds: float
@@ -39,31 +39,33 @@ class EvalRecord(NamedTuple):
 
 @dataclass
 class History:
-    """What fit did."""
+    """The outcome of fit."""
     losses: list = field(default_factory=list)       # of every iteration, before its update
     evaluations: list = field(default_factory=list)  # EvalRecord
-    tokens: int = 0                                  # that went through the model
-    trained_tokens: int = 0                          # that had a label
-    seconds: float = 0.0                             # in training steps, validation left out
+    tokens: int = 0                                  # all tokens that went through the model
+    trained_tokens: int = 0                          # tokens with a label
+    seconds: float = 0.0                             # in training steps, without validation
     interrupted: bool = False                        # by Ctrl-C
 
 
-def fit(parameters, loss_and_grads, batches, *, steps, optimizer, schedule, clip=None, accumulation=1, evaluate=None,
-        eval_every=0, log_every=10, on_log=None, on_step=None, save=None, save_every=0):
-    """Minimise the loss: steps times draw batches, take the mean gradient, clip it, let the optimizer update.
+def fit(parameters: dict, loss_and_grads, batches, *, steps: int, optimizer, schedule, clip: float | None = None,
+        accumulation: int = 1, evaluate=None, eval_every: int = 0, log_every: int = 10, on_log=None, on_step=None,
+        save=None, save_every: int = 0) -> History:
+    """Minimise the loss: in each step draw batches, compute the mean gradient, clip it and update the parameters.
 
     parameters      name -> array, updated in place
-    loss_and_grads  batch -> (mean loss over the batch.kept trained tokens, name -> gradient of it, fresh arrays)
+    loss_and_grads  batch -> (mean loss over the batch.kept trained tokens, name -> its gradient, fresh arrays)
     batches         iterable of Batch with at least steps * accumulation items
-    optimizer       .step(parameters, gradients, learning rate), an AdamW
+    optimizer       has .step(parameters, gradients, learning rate), as AdamW
     schedule        step (1 .. steps) -> learning rate
-    clip            limit of the global gradient norm, or None
-    accumulation    batches to a step; the mean is over all their trained tokens, as if they were one batch
-    evaluate        () -> validation loss; called before the first step, every eval_every steps (not if 0), at the end
+    clip            maximum global gradient norm, or None
+    accumulation    batches per step; the mean is over all their trained tokens, as if they were one batch
+    evaluate        () -> validation loss; called before the first step, every eval_every steps (never if 0), at the end
     on_log          called with each EvalRecord, and with a TrainRecord every log_every steps and at the end
     on_step         called after each step with (iteration, loss)
-    save            called every save_every steps (not if 0); the caller saves the end result
-    returns         History; interrupted is True if Ctrl-C ended it after a whole step (a second Ctrl-C does not wait)
+    save            called every save_every steps (never if 0); the caller saves the final result
+    returns         History; interrupted is True if Ctrl-C ended training after a whole step (a second Ctrl-C interrupts
+                    at once)
 
     Raises Diverged when the loss or the gradient is not finite; that step changes no parameter and saves nothing.
     """
@@ -79,18 +81,18 @@ def fit(parameters, loss_and_grads, batches, *, steps, optimizer, schedule, clip
     if evaluate and steps:
         validate(1)
     window = _Window()
-    with _stop_after_step() as stop, np.errstate(over="ignore", invalid="ignore"):  # looked for, not warned about
+    with _stop_after_step() as stop, np.errstate(over="ignore", invalid="ignore"):  # checked below, so no warning
         for iteration in range(1, steps + 1):
             start = time.perf_counter()
             micro = list(itertools.islice(batches, accumulation))
             loss, gradients = _mean_loss_and_grads(loss_and_grads, micro, iteration)
-            norm = clip_by_global_norm(gradients, clip)
+            norm = clip_by_global_norm(gradients, clip, optimizer.backend)
             if not math.isfinite(norm):
                 raise Diverged(f"the gradient is not finite at iteration {iteration} (loss {loss:.4g}): "
                                "lower the learning rate")
             learning_rate = schedule(iteration)
             optimizer.step(parameters, gradients, learning_rate)
-            del gradients  # the next step's are made before the name would be bound again
+            del gradients  # otherwise they would be kept until those of the next step exist
 
             kept, tokens = sum(b.kept for b in micro), sum(b.tokens.size for b in micro)
             seconds = time.perf_counter() - start
@@ -119,8 +121,8 @@ def _mean_loss_and_grads(loss_and_grads, micro, iteration):
     """Mean over the kept tokens of all micro-batches: sum_i (kept_i / kept) loss_i, and the gradients likewise."""
     kept = sum(batch.kept for batch in micro)
     if not kept:
-        raise InputError(f"no token is left to train on at iteration {iteration}: the batches ran out, "
-                         "or all their labels are ignored")
+        raise InputError(f"no trained token is left at iteration {iteration}: the batches ran out, or all their labels "
+                         "are ignored")
     mean, total = 0.0, {}
     for batch in micro:
         loss, gradients = loss_and_grads(batch)
@@ -161,7 +163,7 @@ class _Stop:
 
 @contextmanager
 def _stop_after_step():
-    """Turn the first Ctrl-C into stop.requested, so that no update is cut in half; the second interrupts at once."""
+    """Turn the first Ctrl-C into stop.requested, so that no update is left half done; the second interrupts at once."""
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield stop

@@ -1,11 +1,11 @@
 """Training a LoRA adapter on a frozen model."""
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, counted, shown
 from deltanet_ref.train.adamw import AdamW
 from deltanet_ref.train.batches import Example, shuffled
 from deltanet_ref.train.data import encode_dataset, read_dataset, sequence_limit
@@ -15,44 +15,35 @@ from deltanet_ref.train.memory import peak_memory, start_phase
 from deltanet_ref.train.report import Silent, TrainReport, format_trainable
 from deltanet_ref.train.schedule import SHAPES, schedule
 
-
 DEFAULT_SEQ_LEN = 2048
-
-
-def option(default, kind, help):
-    return field(default=default, metadata={"type": kind, "help": help})
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The options of train; the command line takes names, types, defaults and help from here."""
-    steps: int | None = option(None, int, "optimizer steps")
-    epochs: float | None = option(None, float, "passes over the data, instead of --steps (1 if neither is given)")
-    batch_size: int = option(4, int, "examples to a batch, packed end to end")
-    grad_accumulation: int = option(1, int, "batches to an optimizer step")
-    seq_len: int | None = option(None, int, f"most tokens of one example ({DEFAULT_SEQ_LEN}, or the model's context)")
-    truncate: bool = option(False, bool, "cut longer examples instead of refusing them")
-    checkpoint: bool = option(False, bool, "gradient checkpointing: slower, less memory for long sequences")
-    mask_prompt: bool = option(True, bool, "train on completions and answers only, not on what they answer")
-    lr: float = option(2e-4, float, "peak learning rate")
-    warmup: int = option(0, int, "steps in which it rises to the peak")
-    schedule: str = option("cosine", str, f"how it falls after that: {', '.join(SHAPES)}")
-    weight_decay: float = option(0.0, float, "of AdamW")
-    clip: float = option(1.0, float, "limit of the gradient's norm, 0 for none")
-    seed: int = option(0, int, "of the adapter's start, the order of examples and the validation split")
-    val_fraction: float = option(0.0, float, "part of the rows held out for validation where no valid.jsonl is")
-    eval_every: int = option(100, int, "steps between validations, 0 for only the first and last")
-    log_every: int = option(10, int, "steps between log lines")
-    save_every: int = option(0, int, "steps between saves of the unfinished adapter, 0 for none")
+    """The options of train. Raises InputError for values out of range."""
+    steps: int | None = None            # optimizer steps
+    epochs: float | None = None         # passes over the data, instead of steps; 1 if neither is given
+    batch_size: int = 4                 # examples in a batch, packed end to end
+    grad_accumulation: int = 1          # batches in an optimizer step
+    seq_len: int | None = None          # maximum tokens of an example; None: DEFAULT_SEQ_LEN or the model's context
+    truncate: bool = False              # cut longer examples instead of refusing them
+    checkpoint: bool = False            # gradient checkpointing: less memory, every block's forward runs twice
+    mask_prompt: bool = True            # train on completions and answers only
+    lr: float = 2e-4                    # peak learning rate
+    warmup: int = 0                     # steps of linear warmup
+    schedule: str = "cosine"            # of schedule.SHAPES: decay after warmup
+    weight_decay: float = 0.0           # of AdamW
+    clip: float = 1.0                   # maximum norm of the gradient, 0 for no limit
+    seed: int = 0                       # of the order of examples and the validation split
+    val_fraction: float = 0.0           # fraction of the rows held out for validation where there is no valid.jsonl
+    eval_every: int = 100               # steps between validations, 0 for only the first and last
+    log_every: int = 10                 # steps between log lines
+    save_every: int = 0                 # steps between calls of save, 0 for none
 
     def __post_init__(self):
-        for names, holds, rule in OPTION_RULES:
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise InputError(f"{flag(name)} is {value}, it must be {rule}")
+        check_options(self, OPTION_RULES)
         if self.steps is not None and self.epochs is not None:
-            raise InputError("--steps and --epochs both set the length of the run: give one")
+            raise InputError("`steps` and `epochs` both set the length of the run: give one")
 
 
 OPTION_RULES = (
@@ -64,19 +55,29 @@ OPTION_RULES = (
 )
 
 
-def flag(name):
-    """The command line's spelling of an option."""
-    return "--" + name.replace("_", "-")
+def check_options(options, rules) -> None:
+    """Raise InputError for the first attribute of options that breaks a rule; None is not checked.
+
+    rules: (names, value -> whether it holds, the rule in words)
+    """
+    for names, holds, rule in rules:
+        for name in names.split():
+            value = getattr(options, name)
+            try:
+                good = value is None or holds(value)
+            except TypeError:           # not a number
+                good = False
+            if not good:
+                raise InputError(f"`{name}` is {shown(value)}, it must be {rule}")
 
 
-def train(model, adapter, data, *, console=None, save=None, **options):
-    """Train the adapter on data by AdamW, the base frozen; its arrays are updated in place and it stays attached.
+def train(model, adapter, data, *, console=None, save=None, **options) -> TrainReport:
+    """Train the adapter on data with AdamW, the base frozen. Its arrays are updated in place and it stays attached.
 
-    data     path (a .jsonl file, or a directory with train.jsonl and maybe valid.jsonl), row dicts, or Examples
+    data     path (a .jsonl file, or a directory with train.jsonl and optionally valid.jsonl), row dicts, or Examples
     console  a report.Console that shows log lines and progress; None is silent
     save     () -> None, called every save_every steps
     options  fields of TrainOptions
-    returns  TrainReport
     Raises InputError for bad data or options, before any training; loop.Diverged when the loss is no longer finite.
     """
     unknown = options.keys() - {f.name for f in fields(TrainOptions)}
@@ -87,18 +88,18 @@ def train(model, adapter, data, *, console=None, save=None, **options):
     return run(model, adapter, splits, options, console, save)
 
 
-def read_rows(data):
-    """Path or list -> split name -> [(source, row)]."""
+def read_rows(data) -> dict[str, list]:
+    """A path or a list of rows -> split name -> [(source, row)]."""
     if isinstance(data, (str, Path)):
         return read_dataset(data)
     rows = [(f"row {i}", row) for i, row in enumerate(data, 1)]
     if not rows:
-        raise InputError("the data holds no rows")
+        raise InputError("the data contains no rows")
     return {"train": rows}
 
 
-def prepare(rows, model, options):
-    """Rows of each split -> {"train": Examples, "valid": Examples, maybe none}, checked for length."""
+def prepare(rows: dict[str, list], model, options: TrainOptions) -> dict[str, list[Example]]:
+    """Rows of each split -> {"train": Examples, "valid": Examples, possibly none}, checked for length."""
     if "train" not in rows:
         raise InputError("there is no train.jsonl in the directory")
     encode = dict(tokenizer=model.tokenizer, mask_prompt=options.mask_prompt, truncate=options.truncate,
@@ -108,13 +109,15 @@ def prepare(rows, model, options):
         return {"train": train, "valid": encode_dataset(rows["valid"], **encode)}
     held_out = math.ceil(options.val_fraction * len(train))
     if held_out == len(train):
-        raise InputError(f"--val-fraction {options.val_fraction} holds out all {len(train)} rows: lower it")
+        raise InputError(f"`val_fraction` {options.val_fraction} holds out {counted(len(train), 'row')}, all of them: "
+                         "lower it")
     order = np.random.default_rng(options.seed).permutation(len(train))
     valid, kept = np.sort(order[:held_out]), np.sort(order[held_out:])
     return {"train": [train[i] for i in kept], "valid": [train[i] for i in valid]}
 
 
-def run(model, adapter, splits, options, console=None, save=None):
+def run(model, adapter, splits: dict[str, list[Example]], options: TrainOptions, console=None,
+        save=None) -> TrainReport:
     """Train on prepared Examples: the second half of train."""
     peaks = {"load": start_phase()}
     _attach_trainable(model, adapter)
@@ -155,7 +158,7 @@ def run(model, adapter, splits, options, console=None, save=None):
 
 
 def _attach_trainable(model, adapter):
-    """Attach the adapter as the trained one; if it is attached already it keeps its name and scale."""
+    """Attach the adapter as the trainable one; if it is attached already it keeps its name and scale."""
     for name, attached in list(model.adapters.items()):
         if attached.adapter is adapter:
             model.detach(name)
@@ -164,7 +167,7 @@ def _attach_trainable(model, adapter):
     model.attach(adapter, trainable=True)
 
 
-def steps_of(epochs, examples, options):
-    """Optimizer steps in so many passes over the examples; the last may reach into the next pass."""
+def steps_of(epochs: float, examples: int, options: TrainOptions) -> int:
+    """Optimizer steps in `epochs` passes over the examples; the last step may reach into the next pass."""
     batches = epochs * math.ceil(examples / options.batch_size)
     return max(1, math.ceil(batches / options.grad_accumulation))

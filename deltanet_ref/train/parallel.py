@@ -1,7 +1,7 @@
-"""Loss and gradient of every parameter over a batch, its sequences shared out among threads; dropout.
+"""Loss and gradient of every parameter over a batch, with its sequences distributed over threads; dropout.
 
-Trained are the tensors as the GGUF holds them, with one exception: A_log instead of ssm_a = -exp(A_log), so that the
-decay keeps its sign; dA_log = ssm_a dssm_a.
+The trained tensors are those that a GGUF holds, except A_log in place of ssm_a = -exp(A_log), so that the decay keeps
+its sign; dA_log = ssm_a dssm_a.
 """
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +11,7 @@ from deltanet_ref.model.qwen35 import Qwen35
 from deltanet_ref.model.weights import Weights
 from deltanet_ref.train.batches import in_order
 
-# tensors whose last axis takes the dropout: what a block reads, what its branches give back, what the head reads
+# tensors whose columns are dropped: inputs of a block, outputs of its branches, input of the head
 DROPPED = ("attn_norm.weight", "post_attention_norm.weight", "ssm_out.weight", "attn_output.weight", "ffn_down.weight",
            "output_norm.weight")
 
@@ -19,13 +19,13 @@ DROPPED = ("attn_norm.weight", "post_attention_norm.weight", "ssm_out.weight", "
 class ParallelModel:
     """A model, its parameters, and the threads that share its batches.
 
-    parameters      name -> array, to be updated in place: the model's own tensors, but A_log in place of ssm_a
-    loss_and_grads  batch whose labels all count -> mean loss, name -> gradient; summed by sequences, so the same bits
-                    for any number of threads
-    dropout         p: in training every feature that a tensor of DROPPED reads (or, a norm, writes) is zero with
-                    probability p and divided by 1 - p otherwise, one draw for a whole sequence (Gal and Ghahramani
-                    2016). A feature multiplies one column, so it is the column that is scaled, and its gradient in the
-                    same way; the operators know nothing of it.
+    parameters      name -> array, to be updated in place: the model's own tensors, with A_log in place of ssm_a
+    loss_and_grads  batch in which every label counts -> mean loss, name -> gradient; summed over sequences in order, so
+                    the bits are the same for any number of threads
+    dropout         p: in training every feature that a tensor of DROPPED reads (a norm: writes) is zero with
+                    probability p and divided by 1 - p otherwise, with one mask per sequence (Gal and Ghahramani 2016).
+                    A feature multiplies one column, so the column is scaled, and its gradient likewise; the operators
+                    need no dropout of their own.
     """
 
     def __init__(self, model, threads, dropout=0.0, seed=0):
@@ -54,14 +54,14 @@ class ParallelModel:
         scales = self._dropout_scales(rng)
         config, weights, dtype = self.model.config, self.model.weights, self.model.dtype
         dropped = {name: weights[name] * scales[name] if name in scales else weights[name] for name in weights}
-        model = Qwen35(config, Weights(config, dropped, dtype), backend=self.model.backend)
+        model = Qwen35(config, Weights(config, dropped, dtype, self.model.backend))
         loss, gradients = model.loss_and_grads(tokens, tokens, wrt="all", keep="everything")
         for name, scale in scales.items():
             gradients[name] *= scale
         return loss, gradients
 
     def _dropout_scales(self, rng):
-        """Name -> the factors of its columns, 0 or 1 / (1 - p)."""
+        """Name -> the factors of its columns, each 0 or 1 / (1 - p)."""
         if not self.dropout:
             return {}
         keep, weights = 1 - self.dropout, self.model.weights
@@ -69,12 +69,12 @@ class ParallelModel:
                 for name in weights if name.endswith(DROPPED)}
 
     def update_decay(self):
-        """ssm_a = -exp(A_log): the model's copy follows the parameter."""
+        """Recompute the model's ssm_a = -exp(A_log) from the parameters."""
         for name in self.model.weights:
             if name.endswith("ssm_a"):
                 self.model.weights[name] = -np.exp(self.parameters[_trained_name(name)])
 
-    def evaluate(self, examples, batch_size):
+    def evaluate(self, examples, batch_size: int) -> float:
         """Mean loss in nats over all predicted tokens, without dropout."""
         self.update_decay()
         losses = self.executor.map(

@@ -1,4 +1,4 @@
-"""What a training run tells: log lines (in the form of mlx_lm.lora), a progress bar, a loss curve, the final report."""
+"""Output of a training run: log lines (in the format of mlx_lm.lora), progress bar, loss curve, final report."""
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ from deltanet_ref.train.loop import EvalRecord
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def format_record(record):
+def format_record(record) -> str:
     """The log line of a TrainRecord or an EvalRecord."""
     if isinstance(record, EvalRecord):
         return f"Iter {record.iteration}: Val loss {record.loss:.3f}, Val took {record.seconds:.3f}s"
@@ -20,18 +20,18 @@ def format_record(record):
             f"Trained Tokens {record.trained_tokens}, Peak mem {record.peak_memory / 1e9:.3f} GB")
 
 
-def format_trainable(trained, total):
+def format_trainable(trained: int, total: int) -> str:
     """Trainable parameters: 0.42% (3.19M/755M)"""
     return f"Trainable parameters: {100 * trained / total:.2f}% ({format_count(trained)}/{format_count(total)})"
 
 
-def format_peaks(peaks):
+def format_peaks(peaks: dict[str, int]) -> str:
     """Peak memory: load 0.61 GB, first step 1.42 GB, later steps 1.31 GB"""
     return "Peak memory: " + ", ".join(f"{phase} {peak / 1e9:.2f} GB" for phase, peak in peaks.items())
 
 
-def format_count(n):
-    """Three digits and a letter: 3.19M, 755M, 42."""
+def format_count(n: int) -> str:
+    """Three significant digits and a letter: 3.19M, 755M, 42."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if n >= size:
             return f"{n / size:.3g}{letter}" if n < 999.5 * size else f"{n / size:.0f}{letter}"
@@ -44,24 +44,24 @@ class TrainReport:
     losses: list            # training loss of each step
     val_losses: list        # [(iteration, loss)]
     steps: int
-    tokens: int             # that went through the model
-    trained_tokens: int     # that had a label
-    seconds: float          # in training steps
+    tokens: int             # all tokens that went through the model
+    trained_tokens: int     # tokens with a label
+    seconds: float          # in training steps, without validation
     tokens_per_second: float
-    peak_memory: dict       # phase -> bytes: load, first step (kernels are compiled in it), later steps
+    peak_memory: dict       # phase -> bytes: load, first step (includes compiling kernels), later steps
     trainable_parameters: int
     total_parameters: int
     interrupted: bool       # Ctrl-C ended it early
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return asdict(self)
 
-    def text_plot(self, width=60, height=8):
+    def text_plot(self, width: int = 60, height: int = 8) -> str:
         """The loss curve in block characters, with its range on the left."""
         return text_plot(self.losses, width, height)
 
-    def save_plot(self, path):
-        """Draw training and validation loss over the iterations with matplotlib, as the suffix of path says."""
+    def save_plot(self, path: Path | str) -> None:
+        """Plot training and validation loss over the iterations with matplotlib; the suffix of path is the format."""
         figure = load_matplotlib()(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="iteration", ylabel="loss (nats per token)")
         axes.plot(range(1, len(self.losses) + 1), self.losses, lw=1, label="train")
@@ -73,7 +73,7 @@ class TrainReport:
 
 
 def load_matplotlib():
-    """matplotlib's Figure, which draws files without a display. Raises InputError with the install line."""
+    """matplotlib's Figure class, which needs no display. Raises InputError with the install command."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -81,8 +81,8 @@ def load_matplotlib():
     return Figure
 
 
-def text_plot(values, width=60, height=8):
-    """values as columns of blocks, averaged into at most width columns; the lowest value is one eighth high."""
+def text_plot(values, width: int = 60, height: int = 8) -> str:
+    """Values as columns of blocks, averaged into at most width columns; the lowest value is one eighth high."""
     n = len(values)
     columns = min(width, n)
     edges = [round(i * n / columns) for i in range(columns + 1)]
@@ -97,7 +97,7 @@ def text_plot(values, width=60, height=8):
 
 
 class Silent:
-    """Shows nothing; the interface of Console."""
+    """The interface of Console; prints nothing."""
 
     @contextmanager
     def running(self, steps):
@@ -121,7 +121,7 @@ class Console(Silent):
 
     @contextmanager
     def running(self, steps):
-        """The progress bar for so many steps, while the block runs."""
+        """Show a progress bar for this many steps while the block runs."""
         if not sys.stdout.isatty():
             yield
             return

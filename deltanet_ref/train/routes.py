@@ -1,4 +1,4 @@
-"""Ways from a base and an adapter to a small model, by their loss: quantise under the adapter, after or before it."""
+"""Ways from a base model and an adapter to a small model, compared: quantise below the adapter, after or before it."""
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -13,29 +13,31 @@ from deltanet_ref.train.evaluate import Evaluation, evaluate
 from deltanet_ref.train.lora import train
 from deltanet_ref.train.report import Silent, load_matplotlib
 
-BATCH_SIZE = 4          # examples at a time in the evaluations
+BATCH_SIZE = 4          # examples per batch in the evaluations
 
 
 class Route(NamedTuple):
-    """One way, and what it comes to."""
+    """One way and its result."""
     name: str
-    bytes: int              # of the model's tensors and of the live adapter's
+    bytes: int              # of the tensors of the model and of an adapter used at run time
     evaluation: Evaluation
 
 
-def compare_routes(load, base, adapter, scale, examples, directory, *, type, training=None, console=None, **options):
-    """Evaluates the base and its quantised form alone and with the adapter, the merged and quantised model, and an
-    adapter trained on the quantised base.
+def compare_routes(load, base: str, adapter: str, scale: float, examples, directory: Path | str, *, type: str,
+                   training=None, console=None, **options) -> list[Route]:
+    """Evaluate the base and the quantised base, each alone and with the adapter, then the merged and quantised model,
+    then an adapter trained on the quantised base.
 
     load       path of a model -> Qwen35
-    base       a GGUF file or HF directory; adapter: a GGUF adapter or PEFT directory, which counts `scale` times
-    examples   Qwen35 -> list of Example, of which the losses are taken
-    directory  a directory that is there, for base-TYPE.gguf, merged-TYPE.gguf and trained-TYPE.gguf, the adapter
-    type       of model.convert.CHOICES
-    training   data for train, or None to leave the last way out; the adapter has the (largest) rank, the alpha and the
-               targets of the given one. options: those of train
-    returns    list of Route, in that order
-    raises     InputError, Diverged by the training, KeyboardInterrupt where Ctrl-C ended it
+    base       a GGUF file or HF directory
+    adapter    a GGUF adapter or PEFT directory, multiplied by scale
+    examples   Qwen35 -> list of Example to evaluate on
+    directory  an existing directory, for base-TYPE.gguf, merged-TYPE.gguf and the adapter trained-TYPE.gguf
+    type       a key of model.convert.CHOICES
+    training   data for train, or None to leave out the last route. The new adapter has the (largest) rank, the alpha
+               and the targets of the given one; options are those of train
+    returns    a Route for each model, in that order
+    raises     InputError; Diverged if the training diverges; KeyboardInterrupt if Ctrl-C ended it
     """
     console, routes = console or Silent(), []
 
@@ -49,7 +51,7 @@ def compare_routes(load, base, adapter, scale, examples, directory, *, type, tra
     whole = load(base)
     given = load_adapter(adapter, whole)
     if "invocation_tokens" in given.metadata:
-        raise InputError(f"{adapter}: is an activated LoRA, which cannot be merged: there is nothing to compare")
+        raise InputError(f"{adapter}: is an activated LoRA, which cannot be merged, so there is nothing to compare")
     kind = Counter(whole.weights.stored_type(target).name for target in given.targets).most_common(1)[0][0].lower()
     measure(f"{kind} base", whole)
     whole.attach(given, scale)
@@ -75,8 +77,8 @@ def compare_routes(load, base, adapter, scale, examples, directory, *, type, tra
     return routes
 
 
-def as_markdown(routes):
-    """A table; the last column is the loss against that of the second route, which loses nothing by quantisation."""
+def as_markdown(routes: list[Route]) -> str:
+    """A table; its last column is the difference to the loss of the second route, which is not quantised."""
     rows = [("route", "loss, nats per token", "bits per byte", "MB", "against unquantised")]
     unquantised = routes[1].evaluation.loss
     rows += [(route.name, f"{route.evaluation.loss:.4f}", f"{route.evaluation.bits_per_byte:.4f}",
@@ -87,8 +89,8 @@ def as_markdown(routes):
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
-def save_plot(routes, path):
-    """A bar for each way to a small adapted model: its loss above that of the second route (matplotlib, PNG)."""
+def save_plot(routes: list[Route], path: Path | str) -> None:
+    """Plot a bar for each quantised route: its loss above that of the second route (matplotlib, PNG)."""
     base, adapted, _, *small = routes
     figure = load_matplotlib()(figsize=(8, 1.4 + 0.5 * len(small)), layout="constrained")
     axes = figure.add_subplot(

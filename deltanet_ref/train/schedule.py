@@ -1,7 +1,8 @@
-"""Learning rates over the steps of a run."""
+"""Learning rate schedules."""
 import math
+from collections.abc import Callable
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 
 SHAPES = {
     "constant": lambda progress: 1.0,
@@ -10,14 +11,14 @@ SHAPES = {
 }
 
 
-def schedule(shape, lr, steps, warmup=0, final=0.0):
+def schedule(shape: str, lr: float, steps: int, warmup: int = 0, final: float = 0.0) -> Callable[[int], float]:
     """step -> learning rate, for steps 1 .. steps.
 
-    Steps 1 .. warmup rise linearly to lr (step s has lr s / warmup); the rest falls from lr along SHAPES[shape]
-    towards final lr, which the step after the last would reach. Raises InputError for an unknown shape.
+    Linear warmup: step s <= warmup has lr s / warmup. Then decay along SHAPES[shape] from lr towards final lr, which
+    step steps + 1 would have. Raises InputError for an unknown shape.
     """
     if shape not in SHAPES:
-        raise InputError(f"schedule {shape!r} is unknown: use one of {', '.join(SHAPES)}")
+        raise InputError(f"the schedule {shown(shape)} is unknown: use one of {', '.join(SHAPES)}")
 
     def learning_rate(step):
         if step <= warmup:

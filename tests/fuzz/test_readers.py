@@ -1,4 +1,4 @@
-"""Foreign files give one clear error, at once and in little memory: the corpus, mutated files, and each kind by name."""
+"""Bad files give one clear error, quickly and in little memory: the corpus, mutated files, and each kind of damage."""
 import json
 import shutil
 import signal
@@ -39,20 +39,20 @@ def work(good, tmp_path):
 
 @contextmanager
 def bounded(seconds=SECONDS, megabytes=MEGABYTES):
-    """Fails when the block hangs, or has more than so much memory at a time."""
+    """Fails if the block hangs or exceeds this much memory at any time."""
     def stop(signum, frame):
-        raise AssertionError(f"not done after {seconds} s")
+        raise AssertionError(f"not done after {seconds} s of CPU")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     tracemalloc.start()
     try:
         yield
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
     assert peak < megabytes << 20, f"{peak >> 20} MiB"
 
 
@@ -64,7 +64,7 @@ def test_good_files_pass_every_reader_made_for_them(target, good, work):
 
 @pytest.mark.parametrize("target", readers.TARGETS)
 def test_the_corpus_gives_nothing_but_clear_errors(target, work):
-    """Small inputs that the fuzzer kept, each for code that the others do not reach."""
+    """Small inputs that the fuzzer kept, each because it reaches code that the others do not."""
     files = sorted((CORPUS / target).iterdir())
     assert files
     for path in files:
@@ -178,20 +178,20 @@ def entry(shape, begin, end, dtype="F32"):
 
 ONE = json.dumps(entry([1], 0, 4))
 SAFETENSORS_FILES = {
-    "nothing": (b"", "no safetensors file"),
-    "a header of 2^63 bytes": (struct.pack("<Q", 2 ** 63) + b"{}", "no safetensors file"),
-    "a header past the end": (safetensors({})[:-1], "no safetensors file"),
-    "offsets past the end": (safetensors({"a": entry([2], 0, 8)}, bytes(4)), "no safetensors file"),
+    "nothing": (b"", "not a safetensors file"),
+    "a header of 2^63 bytes": (struct.pack("<Q", 2 ** 63) + b"{}", "not a safetensors file"),
+    "a header past the end": (safetensors({})[:-1], "not a safetensors file"),
+    "offsets past the end": (safetensors({"a": entry([2], 0, 8)}, bytes(4)), "not a safetensors file"),
     "offsets that overlap": (
-        safetensors({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, bytes(4)), "no safetensors file"),
-    "a hole": (safetensors({"a": entry([1], 4, 8)}, bytes(8)), "no safetensors file"),
-    "a shape that is not the offsets'": (safetensors({"a": entry([3], 0, 4)}, bytes(4)), "no safetensors file"),
-    "a shape that overflows": (safetensors({"a": entry([2 ** 62, 4], 0, 0)}), "no safetensors file"),
+        safetensors({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, bytes(4)), "not a safetensors file"),
+    "a hole": (safetensors({"a": entry([1], 4, 8)}, bytes(8)), "not a safetensors file"),
+    "a shape that is not the offsets'": (safetensors({"a": entry([3], 0, 4)}, bytes(4)), "not a safetensors file"),
+    "a shape that overflows": (safetensors({"a": entry([2 ** 62, 4], 0, 0)}), "not a safetensors file"),
     "a shape of 2^62 times nothing": (safetensors({"a": entry([0, 2 ** 62], 0, 0)}), "has the shape"),
     "65 axes": (safetensors({"a": entry([1] * 65, 0, 4)}, bytes(4)), "has the shape"),
-    "an unknown type": (safetensors({"a": entry([1], 0, 4, "F31")}, bytes(4)), "no safetensors file"),
+    "an unknown type": (safetensors({"a": entry([1], 0, 4, "F31")}, bytes(4)), "not a safetensors file"),
     "the same name twice": (safetensors(f'{{"a": {ONE}, "a": {ONE}}}', bytes(4)), "'a' appears twice"),
-    "values nested for ever": (safetensors('{"a":' + "[" * 10 ** 5), "no safetensors file"),
+    "values nested for ever": (safetensors('{"a":' + "[" * 10 ** 5), "not a safetensors file"),
     "a factor's name with a sign of the settings": (safetensors({"a = b": entry([1], 0, 4)}, bytes(4)), "nothing"),
 }
 
@@ -217,7 +217,7 @@ def test_an_index_cannot_name_files_elsewhere(name, work):
     shutil.copy(work / "hf" / SINGLE, work / "outside.safetensors")
     names = dict.fromkeys(read_safetensors(work / "hf"), name)
     (work / "hf" / INDEX).write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(InputError, match="no .safetensors file of this directory|cannot be read"):
+    with pytest.raises(InputError, match="not a .safetensors file of this directory|cannot be read"):
         read_safetensors(work / "hf")
 
 
@@ -239,7 +239,7 @@ def added(**changes):
 
 PEFT, HF = "peft/adapter_config.json", "hf/config.json"
 JSON_FILES = {
-    "nothing": ("config", b"", "JSON"), "a list": ("config", b"[]", "an object is needed"),
+    "nothing": ("config", b"", "JSON"), "a list": ("config", b"[]", "expected a JSON object"),
     "bytes that are no text": ("config", b"\xff\xfe{", "not UTF-8"),
     "100,000 brackets": ("config", b'{"a":' + b"[" * 10 ** 5, "JSON"),
     "300 levels": ("config", b'{"layer_types":' + b"[" * 300 + b"]" * 300 + b"}", "deeper than 100"),
@@ -252,7 +252,7 @@ JSON_FILES = {
     "a size that is NaN": ("config", changed(HF, rms_norm_eps=float("nan")), "positive number"),
     "10^9 layers": ("config", changed(HF, num_hidden_layers=10 ** 9), "num_hidden_layers"),
     "an index of brackets": ("index", b'{"weight_map":' + b"[" * 10 ** 5, "JSON"),
-    "an index of numbers": ("index", b'{"weight_map": {"a": 7}}', "no safetensors index"),
+    "an index of numbers": ("index", b'{"weight_map": {"a": 7}}', "not a safetensors index"),
     "a rank of 10^400": ("adapter_config", changed(PEFT, r=10 ** 400), "rank"),
     "a rank that is infinite": ("adapter_config", changed(PEFT, r=float("inf")), "rank"),
     "an alpha of 10^400": ("adapter_config", changed(PEFT, lora_alpha=10 ** 400, use_rslora=True), "alpha"),
@@ -263,17 +263,17 @@ JSON_FILES = {
         "adapter_config", changed(PEFT, alora_invocation_tokens=["a"]), "invocation tokens"),
     "invocation tokens that are a number": (
         "adapter_config", changed(PEFT, alora_invocation_tokens=1e308), "invocation tokens"),
-    "a token id that is a text": ("tokenizer", added(id="9"), "no BPE"),
+    "a token id that is a text": ("tokenizer", added(id="9"), "not a BPE"),
     "a token id of 10^9": ("tokenizer", added(id=10 ** 9), "do not fit"),
     "a token id below 0": ("tokenizer", added(id=-1), "do not fit"),
     "two tokens of one id": ("tokenizer", added(id=0), "share"),
-    "a token that is a number": ("tokenizer", added(content=7), "no BPE"),
-    "a token that is no text of Unicode": ("tokenizer", added(content="\ud800"), "no BPE"),
-    "merges that are numbers": ("tokenizer", tokenizer_with(model={"merges": [[1, 2]]}), "no BPE"),
+    "a token that is a number": ("tokenizer", added(content=7), "not a BPE"),
+    "a token that is no text of Unicode": ("tokenizer", added(content="\ud800"), "not a BPE"),
+    "merges that are numbers": ("tokenizer", tokenizer_with(model={"merges": [[1, 2]]}), "not a BPE"),
     "merges that make what is no token": ("tokenizer", tokenizer_with(model={"merges": ["a b", "Ġ b"]}), "lacks"),
     "a pre-tokenizer that is unknown": ("tokenizer", tokenizer_with(pre_tokenizer={"Regex": "(a|a)*$"}), "unknown"),
-    "a template that is a number": ("tokenizer_config", b'{"chat_template": 7}', "no text"),
-    "templates without a text": ("tokenizer_config", b'{"chat_template": [{"name": "default", "template": []}]}', "text"),
+    "a template that is a number": ("tokenizer_config", b'{"chat_template": 7}', "not a string"),
+    "templates without a text": ("tokenizer_config", b'{"chat_template": [{"name": "default", "template": []}]}', "string"),
     "a template that is no text of Unicode": ("tokenizer_config", b'{"chat_template": "\\ud800"}', "lone surrogate"),
     "templates that are numbers": ("tokenizer_config", b'{"chat_template": [1, {}]}', "no chat template"),
 }

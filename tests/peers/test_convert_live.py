@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import deltanet_ref as dr
 from deltanet_ref.cli.main import main
 from deltanet_ref.formats.quants import quantize
+from deltanet_ref.lora import llama_cpp
 from deltanet_ref.lora.merge import merge
-from deltanet_ref.lora.verify import llama_log_probabilities, log_softmax
+from deltanet_ref.lora.verify import log_softmax
 from deltanet_ref.model.convert import open_base, write_base
 from deltanet_ref.model.generate import invocation
 from tests.paths import FIXTURES
@@ -148,7 +149,8 @@ def test_our_blocks_are_as_close_as_ggmls(kind, draw):
 def test_verify_compares_with_llama_cpp(tmp_path, capfd):
     base, lora = FIXTURES / "grouped" / "grouped-f32.gguf", FIXTURES / "grouped" / "lora"
     assert main(["verify", str(base), f"{lora}=0.5", "-p", "a ship"]) == 0
-    assert "llama.cpp with it versus ours" in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "\nllama.cpp: compared\n" in out and not err
 
 
 def test_verify_lets_llama_cpp_round_on_a_quantised_base_and_still_sees_another_adapter(tmp_path, capfd, monkeypatch):
@@ -165,20 +167,21 @@ def test_verify_lets_llama_cpp_round_on_a_quantised_base_and_still_sees_another_
     for name in ("weak", "strong"):
         assert main(["verify", str(base), str(tmp_path / f"{name}.gguf"), "-p", "a ship", "--json"]) == 0
         report = json.loads(capfd.readouterr().out)
-        distance = report["others"]["llama.cpp with it"]
+        distance = report["distances"]["llama.cpp, base and adapter"]
         assert (report["effect"]["distance"] < distance) == (name == "weak")
-    real = llama_log_probabilities
-    monkeypatch.setattr("deltanet_ref.lora.verify.llama_log_probabilities",
+    real = llama_cpp.log_probabilities
+    monkeypatch.setattr(llama_cpp, "log_probabilities",
                         lambda base, adapter, prompts, scales: real(base, adapter, prompts, [0.0, 0.5]))
     assert main(["verify", str(base), str(tmp_path / "strong.gguf"), "-p", "a ship"]) == 1
-    assert "llama.cpp with it computes something else" in capfd.readouterr().out
+    assert "llama.cpp, base and adapter computes something else" in capfd.readouterr().out
 
 
 def test_verify_compares_an_activated_lora_on_every_position(tmp_path, capfd):
     activated(tmp_path)
     base = FIXTURES / "grouped" / "grouped-f32.gguf"
     assert main(["verify", str(base), str(tmp_path / "a.gguf"), "-p", "a ship"]) == 0
-    assert "llama.cpp with it versus ours" in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "\nllama.cpp: compared\n" in out and not err
 
 
 def test_our_merged_file_is_base_and_adapter_in_llama_cpp(tmp_path):
@@ -238,11 +241,11 @@ def test_peft_activates_it_one_token_later_than_llama_cpp(prompt, tmp_path):
     assert relative(theirs, in_two_passes(model, adapter, prompt, first)) < 3 * FLOAT32
 
 
-def test_llama_log_probabilities_are_those_of_the_other_client():
+def test_log_probabilities_are_those_of_the_other_client():
     base, model = FIXTURES / "eq" / "eq-f32.gguf", dr.load_model(FIXTURES / "eq" / "eq-f32.gguf")
     adapter = dr.load_adapter(FIXTURES / "eq" / "lora.gguf", model)
     scales, prompts = (0.5, 0.0), (TOKENS, TOKENS[:4])
-    rows = llama_log_probabilities(base, adapter, prompts, scales)
+    rows = llama_cpp.log_probabilities(base, adapter, prompts, scales)
     llama = Llama(base, [FIXTURES / "eq" / "lora.gguf"])
     for scale, per_scale in zip(scales, rows):
         for tokens, row in zip(prompts, per_scale):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import deltanet_ref as dr
-from deltanet_ref.oracle.diff import compare
+from deltanet_ref.oracle.diff import diff_traces
 from deltanet_ref.oracle.hf_hook import hf_trace
 from deltanet_ref.oracle.trace import read_trace, trace, write_trace
 from tests.paths import FIXTURES
@@ -24,7 +24,7 @@ def test_every_tensor_and_gradient_equals_hfs_float64(shape, tmp_path):
     hf = hf_models.random_model(SHAPES[shape], seed=list(SHAPES).index(shape))
     hf.save_pretrained(tmp_path)
     ours, theirs = our_trace(tmp_path, "float64"), hf_trace(hf_models.in_float64(hf), TOKENS, backward=True)
-    result = compare(ours, theirs)
+    result = diff_traces(ours, theirs)
     assert (result.first(), result.count("MISSING"), result.unknown, result.tolerance) == (None, 0, [], 1e-11)
     assert all(x.any() for x in theirs.tensors.values())
 
@@ -33,7 +33,7 @@ def test_every_tensor_and_gradient_equals_hfs_float64(shape, tmp_path):
 def test_hfs_float32_raises_no_alarm(name, tmp_path):
     hf = AutoModelForCausalLM.from_pretrained(FIXTURES / name / "hf", dtype=torch.float32)
     write_trace(tmp_path / "theirs.safetensors", hf_trace(hf, TOKENS, backward=True))
-    result = compare(our_trace(FIXTURES / name / "hf", "float64"), read_trace(tmp_path / "theirs.safetensors"))
+    result = diff_traces(our_trace(FIXTURES / name / "hf", "float64"), read_trace(tmp_path / "theirs.safetensors"))
     assert result.equal() and result.tolerance == 3e-5 and max(row.error for row in result.rows) > 1e-8
 
 
@@ -41,8 +41,8 @@ def test_the_hook_finds_a_mistake_in_hfs_model():
     hf = AutoModelForCausalLM.from_pretrained(FIXTURES / "grouped" / "hf", dtype=torch.float32)
     with torch.no_grad():
         hf.model.layers[2].input_layernorm.weight -= 1
-    result = compare(our_trace(FIXTURES / "grouped" / "hf", "float64"), hf_trace(hf, TOKENS, backward=True))
-    assert result.first().name == "blk.2.attn_norm" and "w where 1 + w belongs" in result.reasons[0]
+    result = diff_traces(our_trace(FIXTURES / "grouped" / "hf", "float64"), hf_trace(hf, TOKENS, backward=True))
+    assert result.first().name == "blk.2.attn_norm" and "w instead of 1 + w" in result.reasons[0]
 
 
 def test_the_hook_leaves_the_model_as_it_was():

@@ -3,6 +3,8 @@
 Each kernel says with float32 or float64 what its namesake in ops says, to rounding; other dtypes are refused. At one
 number of threads the bits are the same from run to run. Linear maps stay with NumPy's BLAS.
 """
+from types import SimpleNamespace
+
 from deltanet_ref.backends.numba_cpu.adamw import adamw_update
 from deltanet_ref.backends.numba_cpu.causal_conv1d import causal_conv1d_backward, causal_conv1d_forward
 from deltanet_ref.backends.numba_cpu.cross_entropy import (cross_entropy_backward, cross_entropy_forward,
@@ -13,14 +15,16 @@ from deltanet_ref.backends.numba_cpu.delta_rule import (gated_delta_rule_backwar
 from deltanet_ref.backends.numba_cpu.gates import (decay_gate_backward, decay_gate_forward, sigmoid_gate_backward,
                                                    sigmoid_gate_forward, swiglu_backward, swiglu_forward)
 from deltanet_ref.backends.numba_cpu.kernel import set_threads
-from deltanet_ref.backends.numba_cpu.linear import linear_add
+from deltanet_ref.backends.numba_cpu.lora_linear import lora_backward, lora_forward
 from deltanet_ref.backends.numba_cpu.norms import (gated_rms_norm_backward, gated_rms_norm_forward, l2_norm_backward,
                                                    l2_norm_forward, rms_norm_backward, rms_norm_forward)
 from deltanet_ref.backends.numba_cpu.quants import (FEW, decodes, dequantize, stored_linear_backward_input,
                                                      stored_linear_forward)
 from deltanet_ref.backends.numba_cpu.rope import rope_backward, rope_forward
 from deltanet_ref.backends.numba_cpu.softmax_attention import softmax_attention_backward, softmax_attention_forward
-from deltanet_ref.ops import __all__  # noqa: F401 (the same names)
 from deltanet_ref.ops import (embedding_backward, embedding_forward, linear_backward_input, linear_backward_weight,
-                              linear_forward, lora_backward, lora_forward, rope_tables, sigmoid, silu, silu_derivative,
-                              softplus)
+                              linear_forward, rope_tables, to_host, xp)
+
+name, device = "numba", None
+stored = SimpleNamespace(few_rows=FEW, decodes=decodes, dequantize=dequantize, linear_forward=stored_linear_forward,
+                         linear_backward_input=stored_linear_backward_input)

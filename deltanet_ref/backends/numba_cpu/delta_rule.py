@@ -132,7 +132,7 @@ def _backward(first, last, do, q, k, v, g, beta, scale, cu_seqlens, chunks, key_
     P, A, Gamma = np.empty((C, C), q.dtype), np.empty((C, C), q.dtype), np.empty((C, C), q.dtype)
     dQK, V_tail = np.empty((2 * C, d_k), q.dtype), np.empty((C, d_v), q.dtype)
     gc, decay, tail = np.empty(C, np.float64), np.empty(C, q.dtype), np.empty(C, q.dtype)
-    from_row, from_tail, below = np.empty(C, q.dtype), np.empty(C, q.dtype), np.empty(C, q.dtype)
+    from_row, from_tail, below = np.empty(C), np.empty(C), np.empty(C, q.dtype)
     one, zero = q.dtype.type(1), q.dtype.type(0)
     sequences = len(cu_seqlens) - 1
     for task in range(first, last):
@@ -311,12 +311,15 @@ def _scale_rows(factor, x, y):
 
 @inlined
 def _inner(x, y):
-    """Sum of x * y."""
-    total = x.dtype.type(0)
+    """Sum of x * y over two matrices, accumulated in float64.
+
+    In float32 this sum of d_k d_v products had most of the error of dg: 2 to 3 noise floors, up to 6 (ops: 1 to 2).
+    """
+    total = 0.0
     for i in range(len(x)):
         x_i, y_i = row(x, i), row(y, i)
         for m in range(len(x_i)):
-            total += x_i[m] * y_i[m]
+            total += np.float64(x_i[m]) * np.float64(y_i[m])
     return total
 
 

@@ -1,7 +1,8 @@
 """A thin product added where the result of a large one lies: no second array of that size, no second pass over it."""
-from deltanet_ref import ops
 from deltanet_ref.backends.numba_cpu.blas import gemm
 from deltanet_ref.backends.numba_cpu.kernel import heads, kernel, same_float
+from deltanet_ref.ops import linear as ops
+from deltanet_ref.ops.linear import linear_backward_input, linear_backward_weight, linear_forward  # noqa: F401
 
 ROWS = 64                     # tokens of a task
 

@@ -1,4 +1,4 @@
-"""The gated delta rule: recurrent.py defines it, wy.py and chunk.py give the same numbers by matrix products."""
+"""The gated delta rule: recurrent.py defines it; wy.py and chunk.py compute the same by matrix products."""
 from deltanet_ref.ops.gated_delta_rule.chunk import chunk_backward, chunk_forward
 from deltanet_ref.ops.gated_delta_rule.recurrent import recurrent_backward, recurrent_forward, recurrent_step
 

@@ -1,4 +1,4 @@
-"""What both forms of the gated delta rule ask of their arguments, checked in one place."""
+"""Arguments of the gated delta rule, checked and normalised once for all of its forms."""
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +9,7 @@ from deltanet_ref.ops.sequences import sequence_boundaries
 
 
 class Arguments(NamedTuple):
-    """The operator's arguments brought to one form: all tokens in a row, one state for each sequence.
+    """The operator's arguments in one form: all tokens flat, one state for each sequence.
 
     A dense batch (B, L) is the packed case with B sequences of L tokens.
     """
@@ -22,11 +22,11 @@ class Arguments(NamedTuple):
     scale: float
     cu_seqlens: np.ndarray    # (N_seq + 1,) where each sequence starts; the last entry is B L
     key_head: np.ndarray      # (H_v,) the key head of each value head
-    batch: tuple              # (B, L), to give o and the gradients their shape back
+    batch: tuple              # (B, L), to restore the shape of o and the gradients
 
 
 def arguments(q, k, v, *, g, beta, S0, scale, head_order, cu_seqlens):
-    """Check the shapes of DESIGN section 3 and bring them to one form; raises InputError with the remedy."""
+    """Check the shapes and bring the arguments to one form; raises InputError with the remedy."""
     q, k, v, g, beta = map(np.asarray, (q, k, v, g, beta))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
@@ -36,7 +36,7 @@ def arguments(q, k, v, *, g, beta, S0, scale, head_order, cu_seqlens):
     if q.shape != k.shape:
         raise InputError(f"q has shape {q.shape} and k {k.shape}; both must be (B, L, H_k, d_k)")
     if v.shape[:2] != (B, L):
-        raise InputError(f"v has shape {v.shape}; with k {k.shape} it must begin with ({B}, {L})")
+        raise InputError(f"v has shape {v.shape}; with k {k.shape} its first two axes must be ({B}, {L})")
     for name, x in (("g", g), ("beta", beta)):
         if x.shape != (B, L, H_v):
             hint = "; did you pass one per key head?" if x.shape == (B, L, H_k) else ""
@@ -50,15 +50,15 @@ def arguments(q, k, v, *, g, beta, S0, scale, head_order, cu_seqlens):
     elif np.shape(S0) != state_shape:
         raise InputError(f"S0 has shape {np.shape(S0)}; it must be (N_seq, H_v, d_k, d_v) = {state_shape}")
 
-    def tokens_in_a_row(x):
+    def flat(x):
         return x.reshape(B * L, *x.shape[2:]).astype(dtype, copy=False)
 
-    return Arguments(*map(tokens_in_a_row, (q, k, v, g, beta)), np.asarray(S0, dtype),
+    return Arguments(*map(flat, (q, k, v, g, beta)), np.asarray(S0, dtype),
                      d_k ** -0.5 if scale is None else scale, boundaries, key_head, (B, L))
 
 
 def gradient_shapes(dq, dk, dv, dg, dbeta, args):
-    """Back to (B, L, ...), the rows of the value heads summed over the key head that they share."""
+    """Back to (B, L, ...); dq and dk are summed over the value heads that share a key head."""
     shared = args.key_head == np.arange(args.key_head.max() + 1)[:, None]                     # (H_k, H_v)
 
     def per_key_head(x):
@@ -68,7 +68,7 @@ def gradient_shapes(dq, dk, dv, dg, dbeta, args):
 
 
 def incoming_gradients(do, dS_end, args):
-    """do as tokens in a row, dS_end as (N_seq, H_v, d_k, d_v), zeros when None; raises InputError on a wrong shape."""
+    """do as flat tokens, dS_end as (N_seq, H_v, d_k, d_v), zeros when None; raises InputError on a wrong shape."""
     o_shape = (*args.batch, *args.v.shape[1:])
     if np.shape(do) != o_shape:
         raise InputError(f"do has shape {np.shape(do)}; it must be that of o, {o_shape}")

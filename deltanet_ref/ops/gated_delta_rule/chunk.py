@@ -1,7 +1,7 @@
 """Across chunks: V_new, o, and S carried from chunk to chunk. Derivation: docs/derivations/chunked-wy.md.
 
-The same numbers as recurrent.py with matrix products in place of the loop over tokens: what happens inside the chunks
-is done for all of them at once, only the state S walks from chunk to chunk.
+The same result as recurrent.py, with matrix products in place of the loop over tokens: the work inside the chunks is
+done for all of them at once, and only the state S is carried from chunk to chunk.
 """
 from typing import NamedTuple
 
@@ -13,11 +13,11 @@ from deltanet_ref.ops.gated_delta_rule.wy import WY, decay_from_start, log_decay
 
 
 class Chunks(NamedTuple):
-    """How packed sequences are cut: every sequence starts a chunk of its own, its last chunk may be short.
+    """How packed sequences are split: every sequence starts its own chunk, and its last chunk may be short.
 
-    A short chunk is filled up with rows of zeros: beta = 0 writes nothing and g = 0 decays nothing.
+    A short chunk is padded with rows of zeros: beta = 0 writes nothing and g = 0 decays nothing.
     """
-    token: np.ndarray         # (M, C) index of the token in each place; 0 where there is none
+    token: np.ndarray         # (M, C) index of the token in each slot; 0 in the padding
     filled: np.ndarray        # (M, C) bool
     steps: list               # steps[n] = (chunk, sequence): the n-th chunks of all sequences that have one
 
@@ -34,7 +34,7 @@ class ChunkCache(NamedTuple):
 def chunk_forward(q, k, v, *, g, beta, S0=None, scale=None, head_order="grouped", cu_seqlens=None, chunk_size=64):
     """o and S_end of the gated delta rule in chunks [chunk.1..5]; arguments and returns as recurrent_forward.
 
-    chunk_size  C >= 1; any L, a shorter last chunk included
+    chunk_size  C >= 1; L need not be a multiple of it
     """
     args = arguments(q, k, v, g=g, beta=beta, S0=S0, scale=scale, head_order=head_order, cu_seqlens=cu_seqlens)
     chunks = cut(args.cu_seqlens, chunk_size)
@@ -49,7 +49,7 @@ def chunk_forward(q, k, v, *, g, beta, S0=None, scale=None, head_order="grouped"
         S[chunk] = S_now[sequence]
         V_new[chunk] = wy.U[chunk] - wy.W[chunk] @ S[chunk]                # 2  V_new = U - W S
         S_now[sequence] = decay_whole[chunk] * S[chunk] + _t(K_tail[chunk]) @ V_new[chunk]
-        #                                                                    3  S' = exp(gc_C) S + (exp(gc_C - gc) K)^T V_new
+        #                                                                    3  S' = exp(gc_C) S + K_tail^T V_new
     P = (Q @ _t(K)) * wy.Gamma                                             # 4  P = Q K^T * Gamma
     o = args.scale * ((decay_from_start(wy.gc, Q.dtype) * Q) @ S + P @ V_new)
     #                                                                        5  o = scale [exp(gc) Q S + P V_new]
@@ -78,7 +78,7 @@ def chunk_backward(do, dS_end, cache):
     dQ += dQK @ K
     dK = _t(dQK) @ Q
     pair = np.tril(dQK * QK, -1)
-    # 3, 2  against the walk of the state
+    # 3, 2  from the last chunk to the first
     dS_after = np.empty_like(S)
     dS = dS_end.copy()
     for chunk, sequence in reversed(chunks.steps):
@@ -98,7 +98,7 @@ def chunk_backward(do, dS_end, cache):
 
 
 def cut(cu_seqlens, C):
-    """The Chunks of C tokens of sequences that start at cu_seqlens[:-1]."""
+    """Split the sequences that start at cu_seqlens[:-1] into Chunks of C tokens."""
     counts, lengths = chunk_counts(cu_seqlens, C), np.diff(cu_seqlens)
     sequence = np.repeat(np.arange(len(lengths)), counts)
     n = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -110,28 +110,28 @@ def cut(cu_seqlens, C):
 
 
 def chunk_counts(cu_seqlens, chunk_size):
-    """How many chunks each sequence makes, (N_seq,). Raises InputError for a chunk_size that is no size."""
+    """The number of chunks of each sequence, (N_seq,). Raises InputError unless chunk_size is an int >= 1."""
     if not isinstance(chunk_size, (int, np.integer)) or chunk_size < 1:
-        raise InputError(f"chunk_size must be a whole number from 1 on; it is {chunk_size!r}")
+        raise InputError(f"chunk_size must be an integer of at least 1; it is {chunk_size!r}")
     return -(-np.diff(cu_seqlens) // chunk_size)
 
 
 def gather(x, chunks):
-    """Tokens in a row to chunks, heads first: (T, H, d) -> (M, H, C, d), (T, H) -> (M, H, C)."""
+    """Flat tokens to chunks, heads first: (T, H, d) -> (M, H, C, d), (T, H) -> (M, H, C)."""
     y = x[chunks.token]
     y[~chunks.filled] = 0
     return np.ascontiguousarray(y.swapaxes(1, 2))
 
 
 def scatter(y, chunks, T):
-    """Back to tokens in a row: (M, H, C, ...) -> (T, H, ...)."""
+    """Chunks back to flat tokens: (M, H, C, ...) -> (T, H, ...)."""
     x = np.empty((T, y.shape[1], *y.shape[3:]), y.dtype)
     x[chunks.token[chunks.filled]] = y.swapaxes(1, 2)[chunks.filled]
     return x
 
 
 def _decays(K, gc):
-    """exp(gc_C - gc) K (M, H, C, d_k), what is left of each key at the end; exp(gc_C) (M, H, 1, 1)."""
+    """exp(gc_C - gc) K (M, H, C, d_k), the keys decayed to the end of the chunk; exp(gc_C) (M, H, 1, 1)."""
     to_end = np.exp(gc[..., -1:] - gc).astype(K.dtype)[..., None]
     return to_end * K, np.exp(gc[..., -1:, None]).astype(K.dtype)
 

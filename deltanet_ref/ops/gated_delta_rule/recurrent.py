@@ -10,7 +10,7 @@ from deltanet_ref.ops.gated_delta_rule.arguments import Arguments, arguments, gr
 
 
 class RecurrentCache(NamedTuple):
-    """Kept by recurrent_forward. Everything else of a token is recomputed from the state that entered it."""
+    """Kept by recurrent_forward. Everything else is recomputed from the state that entered each token."""
     args: Arguments
     S: np.ndarray             # (B L, H_v, d_k, d_v) the state entering each token
 
@@ -60,11 +60,11 @@ def recurrent_forward(q, k, v, *, g, beta, S0=None, scale=None, head_order="grou
     scale       factor of q; None means d_k ** -0.5
     head_order  "grouped" or "tiled": the key head of each value head (deltanet_ref.notation)
     cu_seqlens  (N_seq + 1,) start of each packed sequence, with B = 1
-    returns     o (B, L, H_v, d_v), S_end (N_seq, H_v, d_k, d_v), cache; dtype as NumPy promotes the arguments'
+    returns     o (B, L, H_v, d_v), S_end (N_seq, H_v, d_k, d_v), cache; dtype by NumPy's promotion of the arguments
     raises      InputError for shapes that do not fit
     """
     args = arguments(q, k, v, g=g, beta=beta, S0=S0, scale=scale, head_order=head_order, cu_seqlens=cu_seqlens)
-    q, k = args.q[:, args.key_head], args.k[:, args.key_head]              # each value head has its key head's rows
+    q, k = args.q[:, args.key_head], args.k[:, args.key_head]              # of the key head of each value head
     o = np.empty_like(args.v)
     states = np.empty((len(args.v), *args.S0.shape[1:]), args.v.dtype)
     S_end = np.empty_like(args.S0)
@@ -78,7 +78,7 @@ def recurrent_forward(q, k, v, *, g, beta, S0=None, scale=None, head_order="grou
 
 
 def recurrent_backward(do, dS_end, cache):
-    """Gradients of recurrent_forward, the same loop from the last token to the first.
+    """Gradients of recurrent_forward: the same loop, from the last token to the first.
 
     do (B, L, H_v, d_v); dS_end (N_seq, H_v, d_k, d_v) or None for zeros
     returns dq, dk (B, L, H_k, d_k), dv (B, L, H_v, d_v), dg, dbeta (B, L, H_v), dS0 (N_seq, H_v, d_k, d_v)

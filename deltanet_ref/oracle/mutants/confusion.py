@@ -1,6 +1,6 @@
-"""How well suspects.py tells the mistakes apart: every mutant is put to the kit, and ranked by the other realisation.
+"""How well suspects.py distinguishes the mistakes: the kit judges every mutant, and ranks it by the other realisation.
 
-So nothing is compared with itself. Cases have other inputs than the vectors, and the delta rule another layout.
+So no mutant is compared with itself. The cases have other seeds than the vectors, and the delta rule another layout.
 """
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,29 +9,29 @@ from deltanet_ref.oracle.cases import CASES
 from deltanet_ref.oracle.check import examine
 from deltanet_ref.oracle.layouts import Layout, make_layout
 from deltanet_ref.oracle.mutants import BACKWARD, FORWARD, answers
-from deltanet_ref.oracle.mutants.edits import BASES, Mistake
+from deltanet_ref.oracle.mutants.mutations import Mistake
 from deltanet_ref.oracle.operators import OPERATORS
 from deltanet_ref.oracle.runners import Answer
 from deltanet_ref.oracle.suspects import rank
 
 TURNED = make_layout(state="vk", order="head")
-TOKENS = 80                   # longer cases of the delta rule only where they are named
+TOKENS = 80                   # longer cases of the delta rule run only if they are listed in LONG
 LONG = ("delta/three-chunks-state", "delta/everything", "packed/ragged")
 NEW_SEED = 100_003            # added to the seeds of the vectors
 
 
 class Mutant:
-    """A runner (runners.py): a mutant as somebody else's implementation. gradients: whether it has a backward."""
+    """A runner (runners.py) with a mutant as the implementation. gradients: whether it has a backward."""
 
-    def __init__(self, edit, gradients):
-        self.edit, self.gradients = edit, gradients
-        self.provenance = f"a mutant of {edit.base}"
+    def __init__(self, mutation, gradients):
+        self.mutation, self.gradients = mutation, gradients
+        self.provenance = f"a mutant of {mutation.form}"
 
     def run(self, case, inputs, layout):
-        y = answers(self.edit, case, _turned(inputs, layout))
+        y = answers(self.mutation, case, _turned(inputs, layout), self.gradients)
         op = OPERATORS[case.op]
         names = op.outputs | op.gradients if self.gradients else op.outputs
-        return Answer(_turned({name: y[name] for name in names if name in y}, layout))
+        return Answer(_turned({name: y[name] for name in names}, layout))
 
 
 def _turned(arrays, layout):
@@ -44,29 +44,30 @@ def _turned(arrays, layout):
 
 
 class Trial(NamedTuple):
+    """How the kit judged one mutant."""
     mistake: Mistake
     realisation: str          # "a" or "b", of the mutant; it was ranked by the other one
-    failed: int               # cases
-    suspects: list            # as rank gives them
+    failed: int               # number of cases
+    suspects: list            # as rank returns them
 
     @property
-    def place(self):
-        """1 when the true number is the first suspect; None when it is none of them."""
+    def place(self) -> int | None:
+        """1 if the true number is the first suspect; None if it is not among them."""
         bugs = [bug for bug, _, _ in self.suspects]
         return bugs.index(self.mistake.bug) + 1 if self.mistake.bug in bugs else None
 
 
-def cases_for(op):
-    """Cases at other seeds that mutants of this operator are put to."""
+def cases_for(op: str) -> list:
+    """The cases at other seeds that mutants of this operator run on."""
     return [replace(case, seed=case.seed + NEW_SEED) for case in CASES.values()
             if case.op == op and (case.sizes.get("L", 1) <= TOKENS or case.id in LONG)]
 
 
-def trial(mistake, realisation):
-    """One mutant, judged and ranked."""
-    edit = getattr(mistake, realisation)
-    op = BASES[edit.base].ops[0]
-    report = examine(Mutant(edit, mistake in BACKWARD), cases_for(op), dtype="float32",
+def trial(mistake: Mistake, realisation: str) -> Trial:
+    """Judge one mutant and rank its suspects."""
+    mutation = getattr(mistake, realisation)
+    op = mutation.ops[0]
+    report = examine(Mutant(mutation, mistake in BACKWARD), cases_for(op), dtype="float32",
                      layout=TURNED if op == "gated_delta_rule" else Layout())
     return Trial(mistake, realisation, len(report.failed), rank(report, "b" if realisation == "a" else "a"))
 

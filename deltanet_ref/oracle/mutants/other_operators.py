@@ -1,250 +1,265 @@
 """THE table of mistakes in the other operators: number in catalogue.py, title, and two ways to make it.
 
-Each base is the operator's file in ops/ with the lines of oracle/operators.py that call it. The two ways are two sites.
+The steps and their correct equations are in forms.py.
 """
-from deltanet_ref.oracle.mutants.edits import (Mistake, attention, becomes, conv, gate, gated_rms, l2, lora, loss, put,
-                                               rms, rotary, swap)
+import numpy as np
 
-ROW_0 = "({0} * (np.arange(len({0})) == 0).reshape(-1, 1, 1))"                             # zeros in the other rows
+from deltanet_ref.oracle.cases import bfloat16
+from deltanet_ref.oracle.mutants.forms import dot_rows, rotated, scatter_add, sum_rows
+from deltanet_ref.oracle.mutants.mutations import Mistake, each, mutations_of, row_0_alone, without
 
-# ---- words of the convolution
-WINDOW = "padded = np.concatenate([state[seq], x[row, span]], 1)  "
-CONV, CONV_BACK = 'ops.causal_conv1d_forward(x["x"], x["w"], state=x["state"]', 'x["dy"], x["dstate_end"], cache)'
-SEQUENCES = "for seq, row, span in _sequences(cu_seqlens, L):\n        padded = np.concatenate([state[seq]"
-END, SILU = "state_end[seq] = padded[:, padded.shape[1] - (K - 1):]", "y = silu(c)"
-SILU_BACK, END_BACK = "dc = silu_derivative(c)", "dpadded[:, dpadded.shape[1] - (K - 1):] += dstate_end[seq]"
-TAPS_BACK = "dw += _correlate_backward_weight(dc[row, span], np.concatenate([state[seq], x[row, span]], 1))"
-START_BACK = "dstate[seq], dx[row, span] = dpadded[:, :K - 1], dpadded[:, K - 1:]"
-EARLIER = "np.concatenate([state[:len(x)], x], 1)[:, span.start:span.start + K - 1]"            # of whatever sequence
+conv, gate, l2, rms, gated_rms, rope, attention, loss, lora = map(mutations_of, (
+    "causal_conv1d", "decay_gate", "l2_norm", "rms_norm", "gated_rms_norm", "rope", "gated_attention", "cross_entropy",
+    "lora_linear"))
 
-# ---- words of the gates
-GATES = 'ops.decay_gate_forward(x["a"], x["b"], x["A_log"], x["dt_bias"])'
-RATE, STEP, BETA = "A = np.exp(A_log.astype(wide))", "step = softplus(x)", "beta = sigmoid(b)  "
-GATES_RETURN, GATES_TAKEN = "return g, beta, D", '{"g": g, "beta": beta,'
-BETA_BACK, X_BACK = "db = dbeta * beta * (1 - beta)", "dx = -A * sigmoid(x) * dg"
-RATE_BACK = "dA_log = (-A * (step * dg).sum(over_tokens)).astype(dg.dtype)"
 
-# ---- words of the norms
-L2, L2_SUM = 'x["x"], x["eps"]', 'r = np.einsum("...d,...d->...", x, x)[..., None]'
-L2_ROOT, L2_ALONG, L2_BACK = "r += eps\n    np.divide(1, np.sqrt(r, out=r), out=r)", "dx = y * -", "dx *= r"
-RMS, GATED = 'x["x"], x["w"], x["eps"]', 'x["x"], x["z"], x["w"], x["eps"]'
-ROOT = "return np.divide(1, np.sqrt(r, out=r), out=r)"
-RMS_ROW, RMS_WEIGHT, GATED_GATE = "y = x * r ", "y *= w", "y = silu(z) "
-RMS_WEIGHT_BACK = '"nd,nd->d", _rows(dy), _rows(n)'
-ALONG, ALONG_MEAN = "np.subtract(dn, n, out=n)", "mean = np.einsum"
+# ---- the convolution of packed sequences; dense batches are unchanged
 
-# ---- words of the rotary embedding
-ROPE, FREQUENCY = 'x["positions"], x["rotary_dim"], x["theta"], x["sections"]', "theta ** (-2 * j / rotary_dim)"
-AXIS = "np.where((j % 3 == 1) & (j < 3 * sections[1]), 1, np.where((j % 3 == 2) & (j < 3 * sections[2]), 2, 0))"
-ROPE_BACK = "return rope_forward(dy, cos, -sin)"
-PAIRS = "first, second = x[..., :half], x[..., half:2 * half]"
-NEIGHBOURS = "np.r_[0:2 * half:2, 1:2 * half:2, 2 * half:x.shape[3]]"
+def in_one_sequence(place, state, cu_seqlens, tokens):
+    """The places of these tokens if the whole row were one sequence that follows the first state."""
+    N, before, _ = state.shape
+    return place if cu_seqlens is None else np.where(tokens < 0, before, N * before) + tokens
 
-# ---- words of attention
-ATTENTION, GATE = 'x["q"], x["k"], x["v"], scale=x["scale"]', 'ops.sigmoid_gate_forward(o, x["gate"])'
-GROUP, VISIBLE = "slice(h * group, (h + 1) * group))", "slice(first, M - L + stop)"
-SCORES, PEAK = "s = _times(q * scale, k.T)", "peak[queries] = s.real.max(-1)"
-GATE_Y, GATED_Y = "y = sigmoid(gate)", "y *= o"
-ATTENTION_BACK = "dq, dk, dv = ops.softmax_attention_backward(do, attention)"
-MEAN, MEAN_TAKEN, SCALE_BACK = 'mean = np.einsum("blhd,blhd->blh", do, o)', "dP -= mean[queries]", "dP *= scale"
-V_BACK, K_BACK = "_transposed_times(P, do[queries])", "_transposed_times(dP, q[queries])"
-GATE_BACK, GATE_BACK_O = "dgate = 1 - s", "dgate *= do"
 
-# ---- words of the cross-entropy
-LABELS, KEPT = 'x["logits"], x["labels"]', "kept, count = kept_rows(labels, n, V, ignore_index, count)"
-LARGEST, TOTAL_LOSS = "peak = logits.real.max(1, keepdims=True)", "loss = surprise.sum() / count"
-LOSS_BACK = 'ops.cross_entropy_backward(x["dloss"]'
-ROWS_BACK, LABEL_BACK = "kept[:, None], dloss / count / total, 0)", "-= dloss / count"
+def state_before(x, state, cu_seqlens):
+    """The last inputs in front of each sequence, whatever sequence they belong to."""
+    if cu_seqlens is None:
+        return state
+    row = np.concatenate([state[0], x[0]])
+    return np.stack([row[start:start + state.shape[1]] for start in cu_seqlens[:-1]])
 
-# ---- words of LoRA
-UPDATE, SUM = "y = linear_forward(h, b)", 'y = ops.linear_forward(x["x"], x["w"]) + update'
-LORA_BACK = 'dx, da, db = ops.lora_backward(x["dy"], cache)'
-A_BACK, B_BACK = "da = linear_backward_weight(dh, x)", "db = linear_backward_weight(dy, h)"
-LORA_X_BACK, LORA_X_SUM = "dx = linear_backward_input(dh, a)", '{"y": y, "dx": dx + '
+
+def in_last_sequence(dc, cu_seqlens):
+    """dc with zeros before the last packed sequence; unchanged for a dense batch."""
+    return dc if cu_seqlens is None else dc * (np.arange(dc.shape[1]) >= cu_seqlens[-2])[:, None]
+
+
+def spilled_in_a_loop(dx, dstate, cu_seqlens):
+    """dx with the gradient of each later sequence's state added to the tokens before it."""
+    dx = dx.copy()
+    for n, start in enumerate([] if cu_seqlens is None else cu_seqlens[:-1]):
+        reach = min(start, dstate.shape[1])
+        dx[0, start - reach:start] += dstate[n, dstate.shape[1] - reach:]
+    return dx
+
+
+def spilled_by_index(dx, dstate, cu_seqlens):
+    """The same by one indexed addition."""
+    if cu_seqlens is None:
+        return dx
+    token = cu_seqlens[:-1, None] + np.arange(-dstate.shape[1], 0)
+    return dx + scatter_add(dx.shape, ((0, token[token >= 0]), dstate[token >= 0]))
+
+
+# ---- others
+
+def paired_neighbours(x, rotary_dim):
+    """The order of features that puts the pairs (0, 1), (2, 3) ... at (j, j + rotary_dim / 2)."""
+    return np.r_[0:rotary_dim:2, 1:rotary_dim:2, rotary_dim:x.shape[3]]
+
+
+def tiled_for_queries(x, q):
+    """kv heads repeated so that query head h finds kv head h % H_kv at its place."""
+    return np.tile(x, (1, 1, q.shape[2] // x.shape[2], 1))
+
+
+def last_query_head(dk_heads, kv_head, k):
+    """In place of the sum over the query heads of a kv head: the last of them."""
+    return np.stack([dk_heads[:, :, np.flatnonzero(kv_head == h)[-1]] for h in range(k.shape[2])], 2)
+
 
 FORWARD = (
     Mistake(1, "the convolution's window reaches into the sequence before",
-            conv(swap(WINDOW, "state[seq]", EARLIER)),
-            conv((SEQUENCES, f"last = []\n    {SEQUENCES}"), swap(WINDOW, "state[seq]", "(last or [state[seq]])[-1]"),
-                 (END, f"{END}\n        last.append(state_end[seq].copy())"))),
+            conv(place=lambda place, state, cu_seqlens, w: in_one_sequence(
+                     place, state, cu_seqlens, np.arange(len(place))[:, None] + np.arange(1 - w.shape[1], 1)),
+                 last_place=lambda last_place, state, cu_seqlens, bounds, w: in_one_sequence(
+                     last_place, state, cu_seqlens, bounds[1:, None] + np.arange(1 - w.shape[1], 0))),
+            conv(state=state_before)),
     Mistake(4, "the convolution's state ignored",
-            conv(becomes(CONV, state="None")), conv(swap(WINDOW, "state[seq]", "0 * state[seq]"))),
+            conv(without("state")), conv(stacked=lambda state, x: np.concatenate([*(0 * state), *x]))),
     Mistake(4, "the convolution's state newest first",
-            conv(becomes(CONV, state="{0}[:, ::-1]")), conv(swap(WINDOW, "state[seq]", "state[seq][:, ::-1]"))),
+            conv(state=lambda state: state[:, ::-1]),
+            conv(stacked=lambda state, x: np.concatenate([*state[:, ::-1], *x]))),
     Mistake(4, "the convolution's final state without the one before",
-            conv((END, "state_end[seq] = np.concatenate([0 * state[seq], x[row, span]], 1)[:, -(K - 1):]")),
-            conv((END, f"{END}\n        state_end[seq, :max(K - 1 - (span.stop - span.start), 0)] = 0"))),
-    Mistake(22, "no SiLU after the convolution", conv(put(SILU, "c")), conv(("return y, state", "return c, state"))),
+            conv(state_end=lambda state, x, last_place: np.concatenate([*(0 * state), *x])[last_place]),
+            conv(state_end=lambda state_end, bounds: state_end * (
+                np.diff(bounds)[:, None] + np.arange(-state_end.shape[1], 0) >= 0)[..., None])),
+    Mistake(22, "no SiLU after the convolution", conv(y=lambda c: c), conv(s=lambda c: np.ones_like(c))),
     Mistake(22, "the taps of the convolution reversed",
-            conv(becomes(CONV, w="{0}[:, ::-1]")), conv(("_correlate(padded, w) ", "_correlate(padded, w[:, ::-1]) "))),
+            conv(w=lambda w: w[:, ::-1]), conv(window=lambda window: window[:, ::-1])),
 
     Mistake(5, "softplus overflows",
-            gate((STEP, "step = np.log1p(np.exp(x.astype(np.float32)))")),
-            gate(swap(GATES_RETURN, " g", " (-A * np.log1p(np.exp(x.astype(np.float32)))).astype(a.dtype)"))),
+            gate(step=lambda z: np.log1p(np.exp(z.astype(np.float32)))),
+            gate(g=lambda A, z, a: (-A * np.log1p(np.exp(z.astype(np.float32)))).astype(a.dtype))),
     Mistake(9, "-exp(A_log) exponentiated again",
-            gate(put(RATE, "np.exp(-np.exp(A_log.astype(wide)))")), gate(becomes(GATES, A_log="-np.exp({0})"))),
+            gate(A=lambda A: np.exp(-A)), gate(A_log=lambda A_log: -np.exp(A_log))),
     Mistake(9, "A_log not exponentiated",
-            gate(put(RATE, "A_log.astype(wide)")), gate(swap(GATES_RETURN, " g", " (-A_log * step).astype(a.dtype)"))),
+            gate(A=lambda A_log: A_log.astype(np.float64)),
+            gate(g=lambda A_log, step, a: (-A_log * step).astype(a.dtype))),
     Mistake(9, "A_log rounded to bfloat16",
-            gate(becomes(GATES, A_log="bfloat16({0})")), gate(swap(RATE, "A_log", "bfloat16(A_log)"))),
+            gate(each(bfloat16, "A_log")), gate(A=lambda A_log: np.exp(bfloat16(A_log).astype(np.float64)))),
     Mistake(22, "a and b swapped",
-            gate(swap(GATES, 'x["a"], x["b"]', 'x["b"], x["a"]')),
-            gate(swap(STEP, "(x)", "(b.astype(wide) + dt_bias)"), swap(BETA, "(b)", "(a)"))),
+            gate(a=lambda b: b, b=lambda a: a),
+            gate(z=lambda b, dt_bias: b.astype(np.float64) + dt_bias, beta=lambda a: 1 / (1 + np.exp(-a)))),
     Mistake(33, "g and beta returned in the other order",
-            gate(swap(GATES_RETURN, "g, beta", "beta, g")), gate((GATES_TAKEN, '{"g": beta, "beta": g,'))),
+            gate(g=lambda b: 1 / (1 + np.exp(-b)), beta=lambda A, step, a: (-A * step).astype(a.dtype)),
+            gate(g=lambda b: np.exp(-np.logaddexp(-b, 0)),
+                 beta=lambda A_log, z, a: -(np.exp(A_log) * np.logaddexp(z, 0)).astype(a.dtype))),
 
     Mistake(8, "eps on the mean",
-            l2(swap(L2_ROOT, "+= eps", "+= eps * x.shape[-1]")), l2(becomes(L2, eps='{0} * x["x"].shape[-1]'))),
+            l2(r=lambda total, eps, x: 1 / np.sqrt(total + eps * x.shape[-1])),
+            l2(eps=lambda eps, x: eps * x.shape[-1])),
     Mistake(8, "eps outside the root",
-            l2((L2_ROOT, "r = 1 / (np.sqrt(r) + eps)")), l2((L2_ROOT, "r = 1 / np.maximum(np.sqrt(r), eps)"))),
-    Mistake(8, "no eps", l2((L2_ROOT, "r = 1 / np.sqrt(r)")), l2(becomes(L2, eps="0"))),
-    Mistake(8, "the mean in place of the sum",
-            l2(swap(L2_SUM, "[..., None]", "[..., None] / x.shape[-1]")),
-            l2((L2_ROOT, L2_ROOT.replace("eps", "eps * x.shape[-1]").replace("(1,", "(x.shape[-1] ** 0.5,")))),
-    Mistake(21, "1 + w for w", rms(swap(RMS_WEIGHT, "w", "1 + w")), rms(becomes(RMS, w="(1 + {0})"))),
-    Mistake(21, "no weight", rms((RMS_WEIGHT, "pass")), rms(becomes(RMS, w="np.ones_like({0})"))),
-    Mistake(21, "rounded to bfloat16 before the weight",
-            rms(put(RMS_ROW, "bfloat16({0}) ")), rms((RMS_WEIGHT, "y = bfloat16(y) * w"))),
+            l2(r=lambda total, eps: 1 / (np.sqrt(total) + eps)),
+            l2(r=lambda total, eps: 1 / np.maximum(np.sqrt(total), eps))),
+    Mistake(8, "no eps", l2(r=lambda total: 1 / np.sqrt(total)), l2(without("eps"))),
+    Mistake(8, "the mean instead of the sum",
+            l2(total=lambda total, x: total / x.shape[-1]),
+            l2(r=lambda total, eps, x: x.shape[-1] ** 0.5 / np.sqrt(total + eps * x.shape[-1]))),
+    Mistake(21, "1 + w instead of w", rms(w=lambda w: 1 + w), rms(y=lambda n, w: n + n * w)),
+    Mistake(21, "no weight", rms(w=lambda w: np.ones_like(w)), rms(y=lambda n: n)),
+    Mistake(21, "rounded to bfloat16 before the weight", rms(each(bfloat16, "n")), rms(y=lambda n, w: bfloat16(n) * w)),
     Mistake(21, "eps outside the root of the mean",
-            rms((f"r += eps\n    {ROOT}", "return 1 / (np.sqrt(r) + eps)")),
-            rms((f"r += eps\n    {ROOT}", "return 1 / np.maximum(np.sqrt(r), eps)"))),
-    Mistake(21, "the sum in place of the mean",
-            rms(("r /= d\n", "pass\n")),
-            rms((f"r += eps\n    {ROOT}", f"r += eps / d\n    {ROOT.replace('(1,', '(d ** -0.5,')}"))),
+            rms(r=lambda mean, eps: 1 / (np.sqrt(mean) + eps)),
+            rms(r=lambda mean, eps: 1 / np.maximum(np.sqrt(mean), eps))),
+    Mistake(21, "the sum instead of the mean",
+            rms(mean=lambda x: dot_rows(x, x)),
+            rms(r=lambda mean, eps, x: x.shape[-1] ** -0.5 / np.sqrt(mean + eps / x.shape[-1]))),
     Mistake(21, "the gate before the norm",
-            gated_rms((GATED_GATE, "x = x * silu(z)\n    r = _inverse_rms(x, w, eps)\n    y = np.ones_like(x) ")),
-            gated_rms(("y *= x\n", "y *= x\n    r = _inverse_rms(y, w, eps)\n"))),
-    Mistake(21, "a sigmoid for the gate's SiLU",
-            gated_rms(put(GATED_GATE, "sigmoid(z) ")), gated_rms(put(GATED_GATE, "{0} / z "))),
+            gated_rms(x=lambda x, z: x * z / (1 + np.exp(-z)), gate=lambda gate: np.ones_like(gate)),
+            gated_rms(y=lambda x, gate, w, eps: x * gate * w / np.sqrt(
+                dot_rows(x * gate, x * gate) / x.shape[-1] + eps))),
+    Mistake(21, "a sigmoid instead of the gate's SiLU",
+            gated_rms(gate=lambda s: s), gated_rms(y=lambda y, z: y / z)),
 
     Mistake(30, "every feature rotated",
-            rotary(becomes(ROPE, rotary_dim='x["x"].shape[-1]')),
-            rotary(becomes(ROPE, rotary_dim='x["dy"].shape[-1]'))),
+            rope(rotary_dim=lambda x: x.shape[-1]),
+            rope(first=lambda x: np.arange(x.shape[-1] // 2),
+                 frequency=lambda theta, x: theta ** (-2 * np.arange(x.shape[-1] // 2) / x.shape[-1]))),
     Mistake(30, "frequencies of the whole head",
-            rotary(becomes(ROPE, theta='{0} ** (x["rotary_dim"] / x["x"].shape[-1])')),
-            rotary(("cos, sin = ops.rope_tables", 'cos, sin = (t[:, :x["rotary_dim"] // 2] for t in ops.rope_tables'),
-                   becomes(ROPE, rotary_dim='x["x"].shape[-1]'), ('x["x"].dtype)', 'x["x"].dtype))'))),
+            rope(theta=lambda theta, rotary_dim, x: theta ** (rotary_dim / x.shape[-1])),
+            rope(frequency=lambda theta, rotary_dim, x: theta ** (-2 * np.arange(rotary_dim // 2) / x.shape[-1]))),
     Mistake(30, "theta fixed to 10000",
-            rotary(becomes(ROPE, theta="1e4")), rotary(swap(FREQUENCY, "theta", "1e4"))),
+            rope(theta=lambda: 1e4),
+            rope(frequency=lambda rotary_dim: 1e4 ** (-2 * np.arange(rotary_dim // 2) / rotary_dim))),
     Mistake(30, "neighbours as pairs",
-            rotary((PAIRS, f"order = {NEIGHBOURS}\n    x = x[..., order]\n    {PAIRS}"),
-                   ("return y\n", "return y[..., np.argsort(order)]\n")),
-            rotary((PAIRS, "first, second = x[..., 0:2 * half:2], x[..., 1:2 * half:2]"),
-                   ("return y\n", "y[..., 0:2 * half:2], y[..., 1:2 * half:2] = (first * cos - second * sin, "
-                                  "first * sin + second * cos)\n    return y\n"))),
-    Mistake(30, "the other direction",
-            rotary(("np.sin(angle)", "-np.sin(angle)")), rotary(becomes(ROPE, positions="-{0}"))),
+            rope(first=lambda rotary_dim: np.arange(0, rotary_dim, 2), second=lambda first: first + 1),
+            rope(x=lambda x, rotary_dim: x[..., paired_neighbours(x, rotary_dim)],
+                 y=lambda y, rotary_dim: y[..., np.argsort(paired_neighbours(y, rotary_dim))])),
+    Mistake(30, "rotated in the other direction", rope(sin=lambda sin: -sin), rope(positions=lambda positions: -positions)),
     Mistake(30, "one axis for all sections",
-            rotary(becomes(ROPE, positions="({0} if {0}.ndim == 1 else {0}[0])")), rotary((AXIS, "0 * j"))),
+            rope(positions=lambda positions: np.atleast_2d(positions)[[0, 0, 0]]), rope(without("axis"))),
     Mistake(30, "sections one after the other",
-            rotary((AXIS, "np.repeat([0, 1, 2], sections)")),
-            rotary((AXIS, "(j >= sections[0]) * 1 + (j >= sections[0] + sections[1])"))),
+            rope(axis=lambda axis, sections: np.repeat([0, 1, 2], sections) if sections else axis),
+            rope(axis=lambda axis, sections: np.searchsorted(np.cumsum(sections), np.arange(len(axis)), "right")
+                 if sections else axis)),
 
     Mistake(2, "query head h reads kv head h % H_kv",
-            attention((GROUP, "slice(h, None, H_kv))")),
-            attention(becomes(ATTENTION, k='np.tile({0}, (1, 1, x["q"].shape[2] // {0}.shape[2], 1))',
-                              v='np.tile({0}, (1, 1, x["q"].shape[2] // {0}.shape[2], 1))'))),
+            attention(kv_head=lambda q, k: np.arange(q.shape[2]) % k.shape[2]),
+            attention(k=lambda k, q: tiled_for_queries(k, q), v=lambda v, q: tiled_for_queries(v, q))),
     Mistake(4, "past keys left out of the causal mask",
-            attention(swap(VISIBLE, "M - L + ")),
-            attention(becomes(ATTENTION, k='{0}[:, :x["q"].shape[1]]', v='{0}[:, :x["q"].shape[1]]'))),
-    Mistake(5, "softmax without the largest score taken off",
-            attention(put(PEAK, "0")), attention(put(PEAK, "np.minimum({0}, 0)")), by="size"),
-    Mistake(7, "no scale of the scores", attention(becomes(ATTENTION, scale="1")), attention(swap(SCORES, " * scale"))),
-    Mistake(7, "scores scaled twice", attention(becomes(ATTENTION, scale="{0} ** 2")),
-            attention(put(SCORES, "scale * {0}"))),
+            attention(visible=lambda q, k: np.tri(q.shape[1], k.shape[1], dtype=bool)),
+            attention(k=lambda k, q: k[:, :q.shape[1]], v=lambda v, q: v[:, :q.shape[1]])),
+    Mistake(5, "softmax without the largest score subtracted",
+            attention(peak=lambda peak: 0 * peak), attention(peak=lambda peak: np.minimum(peak, 0)), by="size"),
+    Mistake(7, "no scale of the scores",
+            attention(scale=lambda: 1.0), attention(scores=lambda scores, scale: scores / scale)),
+    Mistake(7, "scores scaled twice",
+            attention(scale=lambda scale: scale ** 2), attention(scores=lambda scores, scale: scores * scale)),
     Mistake(22, "no gate after attention",
-            attention(becomes(GATE, gate="np.full_like({0}, 40)")), attention(put(GATE_Y, "np.ones_like(gate)"))),
-    Mistake(22, "a SiLU for attention's gate",
-            attention(put(GATE_Y, "{0} * gate")), attention(swap(GATED_Y, "o", "o * gate"))),
+            attention(gate=lambda gate: np.full_like(gate, 40)), attention(y=lambda o: o)),
+    Mistake(22, "a SiLU instead of the sigmoid of attention's gate",
+            attention(s=lambda s, gate: s * gate), attention(y=lambda y, gate: y * gate)),
 
-    Mistake(35, "ignored labels counted in the mean", loss((KEPT, f"{KEPT}\n    count = n")),
-            loss(swap(TOTAL_LOSS, "count", "n"))),
+    Mistake(35, "ignored labels counted in the mean",
+            loss(count=lambda labels: len(labels)),
+            loss(loss=lambda surprise, kept: np.mean(surprise * kept))),
     Mistake(35, "ignored labels read as label 0",
-            loss(becomes(LABELS, labels="np.maximum({0}, 0)")),
-            loss((KEPT, f"labels = np.maximum(labels, 0)\n    {KEPT}"))),
+            loss(labels=lambda labels: np.maximum(labels, 0)), loss(kept=lambda kept: np.ones_like(kept))),
     Mistake(36, "nothing kept: 0 / 0",
-            loss((KEPT, f"{KEPT}\n    count = kept.sum() * 1.0")), loss(swap(TOTAL_LOSS, "count", "len(surprise)"))),
+            loss(count=lambda kept: kept.sum()), loss(loss=lambda surprise, kept: surprise[kept].sum() / kept.sum())),
     Mistake(36, "labels shifted once more",
-            loss(becomes(LABELS, labels="np.roll({0}, -1)")),
-            loss((KEPT, f"labels = np.r_[labels[1:], labels[0]]\n    {KEPT}"))),
-    Mistake(5, "softmax without the largest logit taken off",
-            loss(put(LARGEST, "0 * {0}")), loss(put(LARGEST, "np.minimum({0}, 0)")), by="size"),
+            loss(labels=lambda labels: np.roll(labels, -1)), loss(logits=lambda logits: np.roll(logits, 1, 0))),
+    Mistake(5, "softmax without the largest logit subtracted",
+            loss(peak=lambda peak: 0 * peak), loss(peak=lambda peak: np.minimum(peak, 0)), by="size"),
 
-    Mistake(24, "no update of the adapter", lora(put(UPDATE, "0 * {0}")), lora(swap(SUM, " + update"))),
+    Mistake(24, "the adapter's update left out", lora(without("update")), lora(y=lambda x, w: x @ w.T)),
 )
 
 BACKWARD = (
     Mistake(14, "dstate_end of the convolution ignored",
-            conv(becomes(CONV_BACK, dstate_end="None")), conv((END_BACK, "pass"))),
+            conv(without("dstate_end")),
+            conv(d_stacked=lambda stacked, place, d_window: scatter_add(stacked.shape, (place, d_window)))),
     Mistake(14, "dstate of the convolution lost",
-            conv(swap(START_BACK, "dpadded[:, :K - 1]", "0")), conv(('"dstate": dstate', '"dstate": 0 * dstate'))),
+            conv(without("dstate")), conv(dstate=lambda state: np.zeros_like(state))),
     Mistake(15, "dw of the convolution from row 0",
-            conv(swap(TAPS_BACK, "dc[row, span]", ROW_0.format("dc[row, span]"))),
-            conv(swap(TAPS_BACK, "dc[row, span], np.concatenate([state[seq], x[row, span]], 1)",
-                      "dc[row, span][:1], np.concatenate([state[seq], x[row, span]], 1)[:1]"))),
+            conv(dw=lambda dc, window: np.einsum("tc,tkc->ck", row_0_alone(dc).reshape(len(window), -1), window)),
+            conv(dw=lambda dc, window: np.einsum("tc,tkc->ck", dc[0], window[:dc.shape[1]]))),
     Mistake(16, "dw of the last sequence alone",
-            conv(swap(TAPS_BACK, "+=", "=")), conv((TAPS_BACK, f"{TAPS_BACK} * (span.stop == L)"))),
-    Mistake(16, "dw without the state", conv(swap(TAPS_BACK, "state[seq]", "0 * state[seq]")),
-            conv(swap(CONV_BACK, "cache", "cache._replace(state=0 * cache.state)"))),
+            conv(dw=lambda dc, window, cu_seqlens: np.einsum(
+                "tc,tkc->ck", in_last_sequence(dc, cu_seqlens).reshape(len(window), -1), window)),
+            conv(dw=lambda dw, dc, window, cu_seqlens: dw if cu_seqlens is None else np.einsum(
+                "tc,tkc->ck", dc[0, cu_seqlens[-2]:], window[cu_seqlens[-2]:]))),
+    Mistake(16, "dw without the state",
+            conv(dw=lambda dc, window, place, state: np.einsum(
+                "tc,tkc->ck", dc.reshape(len(window), -1), window * (place >= state[..., 0].size)[..., None])),
+            conv(dw=lambda dc, state, x, place: np.einsum(
+                "tc,tkc->ck", dc.reshape(len(place), -1), np.concatenate([*(0 * state), *x])[place]))),
     Mistake(16, "the window's gradient reaches into the sequence before",
-            conv((START_BACK, f"{START_BACK}\n        dx[row, max(span.start - K + 1, 0):span.start] += "
-                              "dpadded[:, max(K - 1 - span.start, 0):K - 1]")),
-            conv(("dx, dstate, dw = np.empty_like(x)", "dx, dstate, dw = np.zeros_like(x)"),
-                 (START_BACK, "dstate[seq] = dpadded[:, :K - 1]\n        before = min(span.start, K - 1)\n        "
-                              "dx[row, span.start - before:span.stop] += dpadded[:, K - 1 - before:]"))),
-    Mistake(22, "no slope of the SiLU", conv(put(SILU_BACK, "np.ones_like(c)")), conv(put(SILU_BACK, "{0} ** 0"))),
+            conv(dx=spilled_in_a_loop), conv(dx=spilled_by_index)),
+    Mistake(22, "no slope of the SiLU", conv(slope=lambda slope: np.ones_like(slope)), conv(dc=lambda dy: dy)),
 
     Mistake(9, "dA_log is the gradient of exp(A_log)",
-            gate(swap(RATE_BACK, "-A * ", "-")), gate(put(RATE_BACK, "({0} / A).astype(dg.dtype)"))),
+            gate(dA_log=lambda dA_log, A_log: dA_log * np.exp(-A_log)),
+            gate(dA_log=lambda step, dg: sum_rows(-step * dg).astype(dg.dtype))),
     Mistake(11, "db without the slope of the sigmoid",
-            gate(swap(BETA_BACK, " * beta * (1 - beta)")), gate(('"db": db', '"db": x["dbeta"]'))),
+            gate(db=lambda dbeta: dbeta), gate(slope=lambda slope: np.ones_like(slope))),
     Mistake(11, "da without the slope of the softplus",
-            gate(swap(X_BACK, " * sigmoid(x)")), gate(put(X_BACK, "{0} / sigmoid(x)"))),
+            gate(dz=lambda A, dg: -A * dg), gate(dz=lambda dz, z: dz * (1 + np.exp(-z)))),
     Mistake(15, "dA_log and ddt_bias of row 0",
-            gate(swap(RATE_BACK, "(step * dg)", "(step * dg)[:1]"), ("dx.sum(", "dx[:1].sum(")),
-            gate(swap(RATE_BACK, "* dg", f"* {ROW_0.format('dg')}"), ("dx.sum(", f"{ROW_0.format('dx')}.sum("))),
+            gate(dA_log=lambda A, step, dg: sum_rows(-A * step[:1] * dg[:1]).astype(dg.dtype),
+                 ddt_bias=lambda dz, dg: sum_rows(dz[:1]).astype(dg.dtype)),
+            gate(dA_log=lambda A, step, dg: sum_rows(-A * step * row_0_alone(dg)).astype(dg.dtype),
+                 ddt_bias=lambda dz, dg: sum_rows(row_0_alone(dz)).astype(dg.dtype))),
 
     Mistake(8, "0 / 0 at a zero row",
-            l2((L2_BACK, "length = (y * y).sum(-1, keepdims=True)\n    dx *= r * length / length")),
-            l2((L2_BACK, "length = np.sqrt((y * y).sum(-1, keepdims=True))\n    dx *= r / length * length"))),
-    Mistake(11, "dx of the L2 norm not made orthogonal to y",
-            l2(swap(L2_ALONG, "-", "0 * ")), l2((L2_BACK, "dx = r * dy"))),
-    Mistake(11, "dx of the RMS norm not made orthogonal to x",
-            rms((ALONG, "n = dn.copy()")), rms(swap(ALONG_MEAN, "np", "0 * np"))),
+            l2(dx=lambda dx, y: dx * dot_rows(y, y) / dot_rows(y, y)),
+            l2(dx=lambda dx, y: dx / np.sqrt(dot_rows(y, y)) * np.sqrt(dot_rows(y, y)))),
+    Mistake(11, "dx of the L2 norm not made orthogonal to y", l2(without("along")), l2(dx=lambda r, dy: r * dy)),
+    Mistake(11, "dx of the RMS norm not made orthogonal to x", rms(without("along")), rms(dx=lambda r, dn: r * dn)),
     Mistake(15, "dw of the RMS norm from row 0",
-            rms(swap(RMS_WEIGHT_BACK, "_rows(dy), _rows(n)", "_rows(dy[:1]), _rows(n[:1])")),
-            rms(swap(RMS_WEIGHT_BACK, "_rows(dy)", f"_rows({ROW_0.format('dy')})"))),
+            rms(dw=lambda dy, n: sum_rows(dy[:1] * n[:1])), rms(dw=lambda dy, n: sum_rows(row_0_alone(dy) * n))),
     Mistake(11, "dz without the slope of its sigmoid",
-            gated_rms(("dz = 1 - s", "dz = 0 * s")), gated_rms(("dz *= gate", "dz *= 0"))),
+            gated_rms(slope=lambda s: s), gated_rms(dz=lambda dy, n, w, s: dy * n * w * s)),
 
-    Mistake(30, "rotated again, not back",
-            rotary(swap(ROPE_BACK, "-sin", "sin")), rotary(("ops.rope_backward(", "ops.rope_forward("))),
+    Mistake(30, "rotated again instead of back",
+            rope(sin_back=lambda sin: sin),
+            rope(dx=lambda dy, cos, sin, first, second: rotated(dy, cos, sin, first, second))),
 
     Mistake(2, "one query head's gradient for its kv head",
-            attention(swap(V_BACK, "P, do[queries]", "P[:, -1:], do[queries][:, -1:]"),
-                      swap(K_BACK, "dP, q[queries]", "dP[:, -1:], q[queries][:, -1:]")),
-            attention(swap(V_BACK, "P,", "P * (np.arange(P.shape[1]) == P.shape[1] - 1)[:, None],"),
-                      swap(K_BACK, "dP,", "dP * (np.arange(P.shape[1]) == P.shape[1] - 1)[:, None],"))),
+            attention(dk=last_query_head, dv=lambda dv_heads, kv_head, k: last_query_head(dv_heads, kv_head, k)),
+            attention(each(lambda d, kv_head: d * np.append(np.diff(kv_head), 1)[:, None], "dk_heads", "dv_heads",
+                           also=("kv_head",)))),
     Mistake(7, "no scale in the backward of attention",
-            attention((SCALE_BACK, "pass")),
-            attention((ATTENTION_BACK, f'{ATTENTION_BACK}\n    dq, dk = dq / x["scale"], dk / x["scale"]'))),
-    Mistake(11, "dP without its mean", attention(put(MEAN, "0 * {0}")),
-            attention(swap(MEAN_TAKEN, "mean", "0 * mean"))),
+            attention(d_scores=lambda P, dP, mean: P * (dP - mean)),
+            attention(each(lambda d, scale: d / scale, "dq", "dk", also=("scale",)))),
+    Mistake(11, "dP without its mean",
+            attention(without("mean")), attention(d_scores=lambda P, dP, scale: scale * P * dP)),
     Mistake(11, "dgate without the slope of the sigmoid",
-            attention(put(GATE_BACK, "np.ones_like(s)")), attention((GATE_BACK_O, "dgate = do.copy()"))),
+            attention(slope=lambda s: s), attention(dgate=lambda do, o: do * o)),
 
     Mistake(35, "ignored labels have a gradient",
-            loss(swap(ROWS_BACK, "kept[:, None]", "True")), loss(swap(ROWS_BACK, ", 0)", ", dloss / count / total)"))),
+            loss(weight=lambda kept, dloss, count: np.full((len(kept), 1), dloss / count)),
+            loss(dlogits=lambda dlogits, kept, logits, peak, total, dloss, count: np.where(
+                kept[:, None], dlogits, np.exp(logits - peak) / total * (dloss / count)))),
     Mistake(35, "the gradient of a sum, not of a mean",
-            loss(swap(ROWS_BACK, " / count"), swap(LABEL_BACK, " / count")),
-            loss(becomes(LOSS_BACK, dloss='{0} * max((x["labels"] >= 0).sum(), 1)'))),
-
+            loss(weight=lambda weight, count: weight * count),
+            loss(dloss=lambda dloss, labels: dloss * max((labels >= 0).sum(), 1))),
     Mistake(35, "the gradient of a mean over all rows",
-            loss(swap(ROWS_BACK, "count", "len(labels)"), swap(LABEL_BACK, "count", "len(labels)")),
-            loss(becomes(LOSS_BACK, dloss='{0} * max((x["labels"] >= 0).sum(), 1) / len(x["labels"])'))),
+            loss(weight=lambda kept, dloss: kept[:, None] * dloss / len(kept)),
+            loss(dlogits=lambda dlogits, count, kept: dlogits * dlogits.dtype.type(count / len(kept)))),
 
     Mistake(24, "the adapter's factors have no gradient",
-            lora(put(A_BACK, "0 * {0}"), put(B_BACK, "0 * {0}")),
-            lora((LORA_BACK, f"{LORA_BACK}\n    da, db = 0 * da, 0 * db"))),
-    Mistake(11, "dx not through the adapter", lora(put(LORA_X_BACK, "0 * {0}")), lora(swap(LORA_X_SUM, "dx + "))),
+            lora(without("da", "db")), lora(da=lambda a: np.zeros_like(a), db=lambda b: np.zeros_like(b))),
+    Mistake(11, "dx not through the adapter", lora(without("dx_update")), lora(dx=lambda dy, w: dy @ w)),
 )

@@ -1,29 +1,31 @@
-"""The vectors as files: made from cases.py and the definition, and checked against it.
+"""Writes the vectors (files under vectors/) from cases.py and the definition, and verifies stored ones against them.
 
-A group is GROUP.json (what the cases are: the same text on every machine) and GROUP.safetensors (the numbers). Inputs
-are the same bits on every machine, expected values too on one machine, and within 1e-12 of their scale elsewhere.
+A group of cases is GROUP.json (descriptions, the same text on every machine) and GROUP.safetensors (the numbers).
+Inputs are bit-identical on every machine. Expected values are bit-identical on one machine, and within 1e-12 of their
+scale on others.
 """
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from deltanet_ref.formats.safetensors import read_safetensors, write_safetensors
-from deltanet_ref.oracle.cases import CASES, GROUPS, make_inputs
+from deltanet_ref.oracle.cases import CASES, GROUPS, Case, make_inputs
 from deltanet_ref.oracle.expected import compute
 from deltanet_ref.oracle.flags import FLAGS
 from deltanet_ref.oracle.noise import FACTOR
 from deltanet_ref.oracle.operators import OPERATORS
 
-VERSION = 2                   # of the vectors: raised whenever an input or an expected value changes
+VERSION = 2                   # of the vectors: incremented when an input or an expected value changes
 SOURCE = "float64, token by token: deltanet_ref/ops/gated_delta_rule/recurrent.py and the operators beside it"
-ELSEWHERE = 1e-12             # expected values on another machine, relative to their scale
+ELSEWHERE = 1e-12             # allowed error of expected values on another machine, relative to their scale
 SUMS = "SHA256SUMS"
 
 
-def write_vectors(directory, groups=GROUPS):
-    """Write the groups, and SHA256SUMS (for `sha256sum -c`), into the directory."""
+def write_vectors(directory: Path | str, groups: Sequence[str] = GROUPS) -> None:
+    """Write the files of these groups, and SHA256SUMS (for `sha256sum -c`), into the directory, which is created."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     names = []
@@ -36,8 +38,8 @@ def write_vectors(directory, groups=GROUPS):
     (directory / SUMS).write_text("".join(sums), "utf-8")
 
 
-def make_group(group):
-    """The metadata (JSON text) and the tensors of one group."""
+def make_group(group: str) -> tuple[str, dict[str, np.ndarray]]:
+    """The metadata (JSON text) and the tensors ("CASE-ID/TENSOR") of one group."""
     cases, tensors = [], {}
     for case in CASES.values():
         if case.group == group:
@@ -51,8 +53,8 @@ def make_group(group):
     return json.dumps(metadata, indent=1) + "\n", tensors
 
 
-def make_entry(case):
-    """One case's metadata and tensors; `NAME.scale` and `NAME.floor` (float32, bfloat16 or 0) go with each answer."""
+def make_entry(case: Case) -> tuple[dict, dict[str, np.ndarray]]:
+    """The metadata and tensors (inputs, and those of Expected.tensors) of one case."""
     x, right = make_inputs(case), compute(case)
     op = OPERATORS[case.op]
     facts, tensors, parameters = {}, {}, {}
@@ -79,21 +81,21 @@ def _facts(role, value):
     return {"role": role, "dtype": str(value.dtype), "shape": list(value.shape)}
 
 
-def verify_vectors(directory, groups=GROUPS):
-    """Everything that is wrong with the vectors in the directory, one line each: sums, metadata, inputs, answers."""
+def verify_vectors(directory: Path | str, groups: Sequence[str] = GROUPS) -> list[str]:
+    """One line for each error in the vectors of a directory: sums, metadata, inputs, expected values."""
     directory = Path(directory)
     wrong = []
     for line in (directory / SUMS).read_text("utf-8").splitlines():
         digest, name = line.split()
         if hashlib.sha256((directory / name).read_bytes()).hexdigest() != digest:
-            wrong.append(f"{name}: its sha256 is not that of {SUMS}")
+            wrong.append(f"{name}: its sha256 is not the one in {SUMS}")
     for group in groups:
         metadata, tensors = make_group(group)
         if (directory / f"{group}.json").read_text("utf-8") != metadata:
-            wrong.append(f"{group}.json: differs from what the table of cases gives")
+            wrong.append(f"{group}.json: differs from the table of cases")
         stored = read_safetensors(directory / f"{group}.safetensors")
         for name in tensors.keys() ^ stored.keys():
-            wrong.append(f"{group}.safetensors: {name} is " + ("missing" if name in tensors else "in no case"))
+            wrong.append(f"{group}.safetensors: {name} " + ("is missing" if name in tensors else "belongs to no case"))
         for name in tensors.keys() & stored.keys():
             wrong += _difference(name, stored[name], tensors)
     return wrong
@@ -102,14 +104,14 @@ def verify_vectors(directory, groups=GROUPS):
 def _difference(name, stored, tensors):
     made = np.asarray(tensors[name])
     if stored.shape != made.shape or stored.dtype != made.dtype:
-        return [f"{name}: is {stored.dtype} {stored.shape}, should be {made.dtype} {made.shape}"]
+        return [f"{name}: is {stored.dtype} {stored.shape}; expected {made.dtype} {made.shape}"]
     if f"{name}.scale" in tensors:
         scale = np.asarray(tensors[f"{name}.scale"])
         off = np.abs(stored - made) / scale.reshape(scale.shape + (1,) * (made.ndim - scale.ndim))
         return [f"{name}: off by {off.max():.1e} of its scale"] if off.max(initial=0.0) > ELSEWHERE else []
     if name.endswith(".scale"):
         return [] if np.allclose(stored, made, rtol=1e-6) else [f"{name}: differs"]
-    if name.endswith(".floor"):                                            # measured noise: another BLAS, another noise
+    if name.endswith(".floor"):                                            # measured noise, which depends on the BLAS
         near = (stored <= 8 * made).all() and (made <= 8 * stored).all()
-        return [] if near else [f"{name}: {stored} is not near {made}"]
+        return [] if near else [f"{name}: {stored} is not within a factor of 8 of {made}"]
     return [] if np.array_equal(stored, made) else [f"{name}: an input differs"]
