@@ -524,7 +524,7 @@ def test_disk_that_fills_up_while_saving_keeps_the_old_adapter(tmp_path, data):
     limit = 20_000  # bytes that a file may have, less than the adapter
     training = process("train", MODEL, data, "-o", output, "--steps", 1, "--rank", 4,
                        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    _, err = training.communicate(timeout=600)
+    _, err = training.communicate(timeout=HANGS)
     assert training.returncode == 2 and err.count("\n") == 1 and "a.gguf" in err
     assert output.read_bytes() == open(ADAPTER, "rb").read()
     assert sorted(os.listdir(tmp_path)) == ["a.gguf", "data.jsonl"]
@@ -534,7 +534,7 @@ def test_interrupt_saves_the_adapter_and_says_so(tmp_path, data):
     output = tmp_path / "a.gguf"
     training = long_run(data, output)
     training.send_signal(signal.SIGINT)
-    out, err = training.communicate(timeout=600)
+    out, err = training.communicate(timeout=HANGS)
     assert training.returncode == 130
     assert err.startswith("Interrupted after ") and err.count("\n") == 1 and "Saved " in out
     assert np.any(dr.load_adapter(output, dr.load_model(MODEL)).tensors["blk.0.attn_qkv.weight.lora_b"])

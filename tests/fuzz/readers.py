@@ -127,7 +127,7 @@ def converse(tokenizer):
 
 def model(path):
     load = weights_from_hf if path.is_dir() else lambda path, *how: weights_from_gguf(read_gguf(path), *how)
-    _, weights, _ = load(path, "float32")
+    _, weights, _ = load(path, "float32", ops)
     for name in weights:
         assert weights[name].shape == weights.shape(name)
 

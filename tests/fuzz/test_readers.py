@@ -117,7 +117,7 @@ GGUF_FILES = {
     "a count of 2^60 keys": (file(n_keys=2 ** 60), "truncated"),
     "an array of 2^62 numbers": (file([key("a", 9, array(2 ** 62, 4))]), "truncated"),
     "arrays in arrays": (file([key("a", 9, array(1, 9, array(1, 9, array(1, 4, bytes(4)))))]), "array of arrays"),
-    "a type that is an array": (gguf("model.gguf", **{"general.type": TEXTS}), "not a model"),
+    "a type that is an array": (gguf("model.gguf", **{"general.type": TEXTS}), "not 'model'"),
     "an architecture that is an array": (gguf("model.gguf", **{"general.architecture": TEXTS}), "the architecture is"),
     "a rope scaling that is an array": (gguf("model.gguf", **{"qwen35.rope.scaling.type": TEXTS}), "rope.scaling"),
     "sections that are texts": (gguf("model.gguf", **{"qwen35.rope.dimension_sections": ["a", "b"]}), "list of counts"),
