@@ -85,7 +85,7 @@ def check(args):
         raise InputError(report.cases[0].message)
     failure = None
     try:
-        report.suspects
+        _ = report.suspects                                                # computed on the first access
     except Exception as error:                                             # the verdict stands without them
         failure = InternalError.of(error, "ranking suspects")
         report = report.without_suspects()

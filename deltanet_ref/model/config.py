@@ -91,12 +91,12 @@ class Config(*PARTS):
         """
         shapes = shapes or {}
         if not is_text(metadata.get("general.type", "model"), "model"):
-            raise InputError(f"general.type of this GGUF is {shown(metadata['general.type'])}, not 'model': pass the base "
-                             "model's file")
+            raise InputError(f"general.type of this GGUF is {shown(metadata['general.type'])}, not 'model': pass the "
+                             "base model's file")
         architecture = metadata.get("general.architecture")
         if not is_text(architecture, ARCHITECTURE):
-            raise InputError(f"the architecture is {shown(architecture)}: only dense Qwen3.5 models ({ARCHITECTURE!r}) are "
-                             "supported")
+            raise InputError(f"the architecture is {shown(architecture)}: only dense Qwen3.5 models ({ARCHITECTURE!r}) "
+                             "are supported")
         keys = GGUFKeys(metadata, ARCHITECTURE)
         blocks, mtp_blocks = keys.number("block_count"), keys.number("nextn_predict_layers", default=0)
         layers = blocks - mtp_blocks
@@ -129,8 +129,8 @@ class Config(*PARTS):
         model_type = config.get("model_type")
         text = config.get("text_config") if model_type == HF_MULTIMODAL else config
         if model_type not in (HF_MULTIMODAL, HF_TEXT) or not isinstance(text, dict):
-            raise InputError(f"config.json has model_type {shown(model_type)}: only dense Qwen3.5 models ({HF_TEXT}, or "
-                             f"{HF_MULTIMODAL} with a text_config) are supported")
+            raise InputError(f"config.json has model_type {shown(model_type)}: only dense Qwen3.5 models ({HF_TEXT}, "
+                             f"or {HF_MULTIMODAL} with a text_config) are supported")
         problems = ["mixture-of-experts models are not supported"] if text.get("num_experts") else []
         values = {"vocab_size": text.get("vocab_size", 248320)}
         for part in PARTS:

@@ -1,16 +1,30 @@
 """THE table of mistakes in the gated delta rule: number in catalogue.py, title, and two ways to make it.
 
-`rule` changes the loop over tokens, `chunks` and `padded` the two chunked forms, `tokens` the first of them in chunks of
-one token. The steps and their correct equations are in forms.py, chunk_by_chunk.py and walk.py.
+`rule` changes the loop over tokens, `chunks` and `padded` the two chunked forms, `tokens` the first of them in chunks
+of one token. The steps and their correct equations are in forms.py, chunk_by_chunk.py and walk.py.
 """
 import numpy as np
 
 from deltanet_ref.oracle.cases import bfloat16
 from deltanet_ref.oracle.chunk_by_chunk import inverse, t
 from deltanet_ref.oracle.mutants.forms import log_decay_gradient
-from deltanet_ref.oracle.mutants.mutations import (Mistake, both_chunked, chunks, cut_to_bfloat16, each, float16,
-                                                   inverse_by_squaring, loop_and_chunks, padded, row_0_alone,
-                                                   row_0_for_all, rule, tf32, tokens, without)
+from deltanet_ref.oracle.mutants.mutations import (
+    Mistake,
+    both_chunked,
+    chunks,
+    cut_to_bfloat16,
+    each,
+    float16,
+    inverse_by_squaring,
+    loop_and_chunks,
+    padded,
+    row_0_alone,
+    row_0_for_all,
+    rule,
+    tf32,
+    tokens,
+    without,
+)
 from deltanet_ref.oracle.walk import product
 
 GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "dS0")
