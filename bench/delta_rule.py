@@ -38,8 +38,8 @@ def main():
     args = parser.parse_args()
     os.environ["NUMBA_NUM_THREADS"] = str(args.threads)
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")                  # idle threads of the BLAS sleep, not spin
-    from threadpoolctl import threadpool_limits
     import numpy  # noqa: F401 (its BLAS must be loaded before it can be limited)
+    from threadpoolctl import threadpool_limits
     threadpool_limits(args.threads)
     if args.memory:
         print(json.dumps(extra_memory(*args.memory, args.threads)))

@@ -82,6 +82,7 @@ def measure(type, path, args):
 def work(engine, path, args):
     """The other side of Worker: answers each line of stdin with a line of JSON."""
     import numpy as np
+
     from deltanet_ref.train.memory import start_phase
     prompt = np.random.default_rng(1).integers(0, 200_000, args.prompt).tolist()
     replies = os.dup(1)
@@ -101,8 +102,9 @@ def work(engine, path, args):
 # ---- the engines: each gives run(prompt) -> speeds, and log_probabilities(prompt) -> {token id: of the next token}
 
 def numba_engine(path, args):
-    import deltanet_ref as dr
     import numpy as np
+
+    import deltanet_ref as dr
     model = dr.load_model(path, backend="numba", weights="mapped")
 
     def run(prompt):
@@ -151,6 +153,7 @@ def check_products(path):
     """The first rows of one tensor of each stored type, times few and many rows of x."""
     import gguf
     import numpy as np
+
     from deltanet_ref.backends import numba_cpu
     from deltanet_ref.formats.gguf import read_gguf
     tensors = {t.type: t for t in read_gguf(path).tensors.values() if len(t.shape) == 2 and t.shape[1] % 256 == 0}

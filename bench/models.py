@@ -13,8 +13,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES
-from gguf import GGMLQuantizationType as Type
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType as Type
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deltanet_ref.formats.gguf import read_gguf, write_gguf  # noqa: E402 (needs the path)

@@ -96,8 +96,9 @@ def measure(args, length, checkpoint):
 
 def work(engine, type, shape, length, checkpoint, threads):
     """The other side of Worker: answers each line of stdin with a line of JSON."""
-    from deltanet_ref.train.memory import keep_freed_memory, start_phase
     import numpy as np
+
+    from deltanet_ref.train.memory import keep_freed_memory, start_phase
     if engine == "numba":
         keep_freed_memory()                             # as `deltanet-ref train` does
     tokens = np.random.default_rng(1).integers(0, 200_000, (1, length))
@@ -120,10 +121,11 @@ def work(engine, type, shape, length, checkpoint, threads):
 # ---- the engines: each gives step() -> loss, and details() -> what else there is to tell
 
 def ours(shape, type, tokens, checkpoint, threads):
+    from models import random_gguf
+
     import deltanet_ref as dr
     from deltanet_ref.lora.adapter import new_adapter
     from deltanet_ref.train.adamw import AdamW, clip_by_global_norm
-    from models import random_gguf
     model = dr.load_model(random_gguf(shape, type), backend="numba", weights="mapped")
     adapter = new_adapter(model, RANK, ALPHA)
     model.attach(adapter, trainable=True)
@@ -145,10 +147,11 @@ def ours(shape, type, tokens, checkpoint, threads):
 
 def hf_peft(shape, type, tokens, checkpoint, threads):
     import torch
-    from deltanet_ref.model.convert import hf_config
     from models import config_of
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    from deltanet_ref.model.convert import hf_config
     torch.set_num_threads(threads)
     model = Qwen3_5ForCausalLM(Qwen3_5TextConfig.from_dict(hf_config(config_of(shape), "float32")))
     targets = ["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj",
@@ -176,14 +179,16 @@ def hf_peft(shape, type, tokens, checkpoint, threads):
 def check():
     """Loss and gradients of a small model in float32, with and without checkpointing, against ops in float64."""
     from dataclasses import replace
+
     import numpy as np
+    from models import config_of, small_tensor
+
     from deltanet_ref import ops
     from deltanet_ref.backends import get_backend
     from deltanet_ref.lora.adapter import new_adapter
     from deltanet_ref.model.qwen35 import Qwen35
     from deltanet_ref.model.tensors import expected_tensors
     from deltanet_ref.model.weights import Weights
-    from models import config_of, small_tensor
     config, rng = replace(config_of("tiny"), vocab_size=5000), np.random.default_rng(3)
     weights = {name: small_tensor(name, rng.standard_normal(spec.shape, np.float32))
                for name, spec in expected_tensors(config).items()}

@@ -23,10 +23,10 @@ from deltanet_ref.model.generate import generate
 from deltanet_ref.model.load import weights_from_gguf, weights_from_hf
 from deltanet_ref.model.qwen35 import Qwen35
 from deltanet_ref.train.lora import train
+from deltanet_ref.version import __version__
 
 __all__ = ["InputError", "generate", "get_backend", "load_adapter", "load_model", "load_tokenizer", "new_adapter",
            "train"]
-__version__ = "0.1.0"
 
 
 def load_model(path: str | Path, backend: str = "auto", dtype: str = "float32", weights: str = "auto") -> Qwen35:

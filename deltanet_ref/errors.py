@@ -1,4 +1,4 @@
-"""InputError, the exception for bad input, and the words that its messages are made of.
+"""InputError, the exception for bad input, InternalError for a bug of the conformance kit, and the words of messages.
 
 Library messages name a Python option in backticks: "`seq_len` is 1, it must be at least 2". The command line prints the
 name of its own option there, --seq-len (cli/options.py), so that everybody reads the name they can change.
@@ -6,6 +6,8 @@ name of its own option there, --seq-len (cli/options.py), so that everybody read
 import os
 import re
 import reprlib
+import traceback
+from pathlib import Path
 
 LONGEST = 2000              # characters of a message
 LONGEST_VALUE = 200         # characters of a value that a message quotes
@@ -20,6 +22,29 @@ class InputError(ValueError):
 
     def __init__(self, text: object):
         super().__init__(printable(shortened(" ".join(str(text).split()), LONGEST)))
+
+
+class InternalError(RuntimeError):
+    """A bug of the conformance kit, kept apart from its verdict: the command line prints it and exits with status 3.
+
+    details  the traceback of the exception behind it
+    """
+
+    def __init__(self, text: str, details: str = ""):
+        super().__init__(text, details)        # both, so that it can be pickled
+        self.details = details
+
+    def __str__(self):
+        return self.args[0]
+
+    @classmethod
+    def of(cls, error: Exception, while_doing: str) -> "InternalError":
+        """The InternalError that reports an unexpected exception."""
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = (f"internal error of the conformance kit while {while_doing}: {type(error).__name__}: {error} "
+                f"({Path(frame.filename).name}:{frame.lineno}). This is not a verdict on the implementation. Please "
+                "report it, with the traceback that follows, to the issue tracker of deltanet_ref")
+        return cls(printable(" ".join(text.split())), "".join(traceback.format_exception(error)))
 
 
 def printable(text: str) -> str:

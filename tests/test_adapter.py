@@ -218,7 +218,8 @@ def test_targets_go_by_gguf_and_by_hf_names(names, expected):
 
 
 @pytest.mark.parametrize("options, match", [
-    ({"targets": ["q_proj", "c_attn", "ssm_conv1d"]}, r"unknown LoRA targets \['c_attn', 'ssm_conv1d'\]: .*attn_qkv.*in_proj"),
+    ({"targets": ["q_proj", "c_attn", "ssm_conv1d"]},
+     r"unknown LoRA targets \['c_attn', 'ssm_conv1d'\]: .*attn_qkv.*in_proj"),
     ({"targets": []}, "empty"), ({"rank": 0}, "rank is 0"), ({"rank": 2.5}, "rank is 2.5"),
     ({"alpha": 0}, "alpha is 0"),
 ])
@@ -252,6 +253,17 @@ def test_gguf_files_that_are_no_adapter_of_this_model_are_refused(metadata, matc
     write_gguf(tmp_path / "a.gguf", ADAPTER | {"adapter.lora.alpha": 4.0} | metadata, adapter.tensors)
     with pytest.raises(InputError, match=match):
         load_adapter(tmp_path / "a.gguf", small_model())
+
+
+@pytest.mark.parametrize("metadata", [
+    {"general.type": "m" * 10 ** 6}, {"adapter.lora.alpha": "4" * 10 ** 6},
+    {"adapter.lora.task_name": ["t" * 10 ** 6]}, {"adapter.alora.invocation_tokens": ["t" * 10 ** 6]}])
+def test_a_long_value_of_a_file_is_not_repeated_in_full(metadata, tmp_path):
+    adapter = random_adapter(small_model(), rank=2)
+    write_gguf(tmp_path / "a.gguf", ADAPTER | {"adapter.lora.alpha": 4.0} | metadata, adapter.tensors)
+    with pytest.raises(InputError) as error:
+        load_adapter(tmp_path / "a.gguf", small_model())
+    assert len(str(error.value)) < 600
 
 
 def test_an_adapter_that_would_do_nothing_is_refused_with_the_likely_cause(tmp_path):

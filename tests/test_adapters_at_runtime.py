@@ -1,4 +1,4 @@
-"""Adapters switched between requests, and what their metadata asks of generate."""
+"""Adapters switched between requests, and the effect of their metadata on generate."""
 import numpy as np
 import pytest
 from gguf import GGUFReader
@@ -30,7 +30,7 @@ def greedy(model, prompt=PROMPT):
 
 
 def test_adapters_are_switched_without_reloading(model):
-    """Each request is that of a model on which nothing else ever was attached."""
+    """Each request gives the logits of a fresh model with only these adapters."""
     a, b = adapter(model), adapter(model)
     alone = {}
     for name, attached in {"base": [], "a": [(a, 1.0)], "both": [(a, 0.5), (b, -1.25)]}.items():
@@ -91,7 +91,8 @@ def test_the_prompt_prefix_is_put_before_text_but_not_before_ids(model):
 
 
 def test_an_activated_lora_acts_from_the_last_invocation_on(model):
-    """Two passes joined by the state: the base up to the token before it, base and adapter from there on."""
+    """Compared with two passes joined by the state: the base alone up to the token before the invocation, then base and
+    adapter."""
     alora = adapter(model, invocation_tokens=[3, 250])
     prompt = [9, 3, 250, 17, 88, 3, 3, 250, 61, 5]
     _, state = model.prefill(np.array(prompt[:5]))
@@ -148,8 +149,8 @@ def test_train_writes_the_metadata_that_it_is_given_and_no_other(tmp_path, capsy
 
 
 @pytest.mark.parametrize("output", ["a.gguf", "peft"])
-def test_a_text_that_is_no_unicode_is_refused_and_nothing_left(output, tmp_path, capsys):
-    """As Python hands over a byte of the command line that is no UTF-8."""
+def test_a_text_that_is_not_unicode_is_refused_and_leaves_nothing(output, tmp_path, capsys):
+    """The lone surrogate by which Python represents a byte of the command line that is not UTF-8."""
     assert main(["convert", str(LORA), "-o", str(tmp_path / output), "--base", str(BASE), "--task-name",
                  "a \udcff"]) == 2
     assert "lone surrogate at character" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import pytest
 
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.tokenizer import Tokenizer, load_tokenizer
+from deltanet_ref.formats.template_process import LONGEST
 from tests.paths import FIXTURES
 
 CASES = json.loads((FIXTURES / "chat/cases.json").read_text())
@@ -102,6 +103,22 @@ def test_template_that_fails_or_reaches_out_is_refused(template, tiny):
     assert "\n" not in str(e.value)
 
 
-def test_missing_template_is_said(published):
+def test_a_rendered_conversation_may_have_2_to_the_21_characters(tiny):
+    for size, refused in ((LONGEST, False), (LONGEST + 1, True)):
+        tiny.chat_template = f"{{{{ 'a' * {size - 9} }}}}{{{{ 'b' * 9 }}}}"
+        if refused:
+            with pytest.raises(InputError, match="chat template .* returns more than 2,097,152 characters"):
+                tiny.apply_chat_template([])
+        else:
+            assert len(tiny.apply_chat_template([])) == size
+
+
+def test_an_endless_template_is_stopped_before_it_takes_the_memory(tiny):
+    tiny.chat_template = "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}"         # 1 GB: half is allowed
+    with pytest.raises(InputError, match="returns more than 2,097,152 characters"):
+        tiny.apply_chat_template([])
+
+
+def test_missing_template_is_reported(published):
     with pytest.raises(InputError, match="no chat template: set"):
         Tokenizer(["a"], [1], [], pre="qwen35").apply_chat_template(TURNS)

@@ -1,23 +1,32 @@
+import ast
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import deltanet_ref as dr
-from deltanet_ref.cli.main import COMMANDS, main
-from deltanet_ref.cli.options import flag
+from deltanet_ref.cli.main import COMMANDS, Parser, main
+from deltanet_ref.cli.options import flag, with_flags
+from deltanet_ref.errors import LONGEST, LONGEST_VALUE, counted
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
 from tests.paths import FIXTURES
 
 MODEL = str(FIXTURES / "eq" / "eq-f32.gguf")
 QUANTISED = str(FIXTURES / "quant" / "quant-Q4_K_M.gguf")
 ADAPTER = str(FIXTURES / "eq" / "lora.gguf")
+HF = FIXTURES / "eq" / "hf"
+PACKAGE = Path(dr.__file__).parent
+HANGS = 600         # seconds after which a process will never end: no machine is that slow
 WORDS = ["alpha", "beta", "gamma", "delta", "rule", "gate"]
 ROWS = [{"text": " ".join(np.random.default_rng(i).choice(WORDS, 9))} for i in range(13)]
 
@@ -135,9 +144,14 @@ def test_info_prints_shapes_types_and_template(capsys):
     assert "blk.0.attn_qkv.weight" in run(capsys, "info", QUANTISED, "--tensors")[1]
 
 
-def test_info_of_an_adapter_and_of_a_directory(capsys):
-    facts = json.loads(run(capsys, "info", ADAPTER, "--json")[1])
-    assert (facts["alpha"], facts["ranks"], len(facts["targets"])) == (8.0, [4], 12)
+def test_info_of_an_adapter_in_either_form_and_of_a_directory(capsys):
+    ggml, peft = (json.loads(run(capsys, "info", path, "--json")[1]) for path in (ADAPTER, FIXTURES / "eq" / "lora"))
+    assert (ggml["alpha"], ggml["ranks"], len(ggml["targets"])) == (8.0, [4], 12)
+    assert ggml.keys() == peft.keys()
+    assert all(ggml[fact] == peft[fact] for fact in ("parameters", "alpha", "ranks", "bytes", "types"))
+    assert len(peft["targets"]) == 12 and {"attn_qkv", "ffn_up"} < set(ggml["targets"])
+    assert {"in_proj_qkv", "up_proj"} < set(peft["targets"])
+    assert sorted(sorted(t["shape"]) for t in ggml["tensors"]) == sorted(sorted(t["shape"]) for t in peft["tensors"])
     facts = json.loads(run(capsys, "info", FIXTURES / "eq" / "hf", "--json")[1])
     assert facts["config"]["num_hidden_layers"] == 4
 
@@ -158,6 +172,226 @@ def test_module_is_the_command_and_names_every_command():
     out, err = done.communicate()
     assert (done.returncode, err) == (0, "")
     assert all(f"\n  {command} " in out for command in COMMANDS)
+
+
+# ---- what a user is told
+
+def library_modules():
+    """The syntax trees of all modules outside the command line."""
+    for folder in ("train", "model", "demo", "lora", "ops", "backends"):
+        for path in sorted((PACKAGE / folder).rglob("*.py")):
+            yield path, ast.parse(path.read_text())
+
+
+def test_the_library_has_no_command_line():
+    for path, tree in library_modules():
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        assert not names & {"argparse", "add_arguments", "parser"}, path
+
+
+def test_errors_of_training_name_no_flags():
+    for path, tree in library_modules():
+        raised = [node for node in ast.walk(tree) if isinstance(node, ast.Raise)] if "lora" not in path.parts else []
+        texts = [part.value for node in raised for part in ast.walk(node) if isinstance(part, ast.Constant)]
+        assert not [text for text in texts if isinstance(text, str) and re.search(r"(^|\s)--[a-z]", text)], path
+
+
+@pytest.mark.parametrize("options, python, command", [
+    ({"steps": 0}, "`steps` is 0", "--steps is 0"),
+    ({"seq_len": 1}, "`seq_len` is 1, it must be from 2", "--seq-len is 1, it must be from 2"),
+    ({"seq_len": 5}, "more than `seq_len` 5: raise it, or cut with `truncate=True`",
+     "more than --seq-len 5: raise it, or cut with --truncate"),
+    ({"val_fraction": 0.99}, "`val_fraction` 0.99 holds out", "--val-fraction 0.99 holds out"),
+    ({"steps": 1, "epochs": 2}, "`steps` and `epochs` both", "--steps and --epochs both"),
+])
+def test_options_have_the_names_that_the_reader_uses(capsys, tmp_path, data, options, python, command):
+    model = dr.load_model(MODEL)
+    with pytest.raises(dr.InputError) as error:
+        dr.train(model, dr.new_adapter(model, rank=2), data, **options)
+    assert python in str(error.value) and "--" not in str(error.value)
+    flags = [word for name, value in options.items() for word in (flag(name), value)]
+    status, _, err = run(capsys, "train", MODEL, data, "-o", tmp_path / "a.gguf", *flags)
+    assert status == 2 and command in err and "`" not in err
+
+
+def test_only_options_of_the_command_become_flags():
+    options = {"seq_len": 3, "mask_prompt": True}
+    text = "`seq_len`, `mask_prompt=False`, `rank`, seq_len"
+    assert with_flags(text, options) == "--seq-len, --no-mask-prompt, `rank`, seq_len"
+
+
+def test_counts_agree_with_their_nouns(capsys, tmp_path):
+    assert [counted(n, "tensor") for n in (0, 1, 2, 1000)] == ["0 tensors", "1 tensor", "2 tensors", "1,000 tensors"]
+    (tmp_path / "one.jsonl").write_text(json.dumps(ROWS[0]))
+    assert run(capsys, "eval", MODEL, tmp_path / "one.jsonl")[1].startswith("1 example, ")
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize("command", [f"info {LONG}", f"generate {MODEL} -p x --backend {LONG}", f"fly{LONG}",
+                                     f"generate {MODEL} -p x --top-p {LONG}",
+                                     f"trace {MODEL} --tokens {LONG} -o t.safetensors",
+                                     f"convert {MODEL} -o a.gguf --type {LONG}", f"generate {MODEL} -p x --{LONG}",
+                                     f"generate {MODEL} -p x --adapter {ADAPTER}={LONG}"], ids=lambda text: text[:40])
+def test_a_long_argument_is_not_echoed_whole(capsys, command):
+    status, _, err = run(capsys, *command.split())
+    assert status == 2 and err.count("\n") == 1 and "xxx" in err and len(err) < LONGEST + 100
+
+
+def test_a_long_value_of_a_file_is_not_echoed_whole(capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"conversations": [{"from": LONG, "value": "x"}]}))
+    status, _, err = run(capsys, "eval", MODEL, tmp_path / "rows.jsonl")
+    assert status == 2 and "use one of human, user" in err and err.count("x") < LONGEST_VALUE + 20
+
+
+@pytest.mark.parametrize("command", ["info {name}", "generate {name} -p x", "convert {name} -o out.gguf",
+                                     "merge {name} --adapter {adapter} -o out.gguf",
+                                     "generate {model} -p x --adapter {name}"])
+def test_a_name_on_the_hub_says_where_to_get_the_model(capsys, command):
+    name = "Qwen/Qwen3.5-0.8B"
+    status, _, err = run(capsys, *command.format(name=name, model=MODEL, adapter=ADAPTER).split())
+    assert status == 2 and f"hf download {name} --local-dir Qwen3.5-0.8B" in err
+    for other in ("absent", "absent.gguf", "folder/absent.gguf", "a/b/c", "/Qwen/Qwen3.5-0.8B", "../Qwen3.5-0.8B"):
+        assert "hub" not in run(capsys, "info", other)[2]
+
+
+@pytest.mark.parametrize("command, remedies", [
+    (["train", MODEL, "{data}", "-o", "{d}/a.gguf"], "use --checkpoint, or a smaller --batch-size or --seq-len"),
+    (["train", MODEL, "{data}", "-o", "{d}/a.gguf", "--checkpoint"], "use a smaller --batch-size or --seq-len"),
+    (["eval", MODEL, "{data}"], "use a smaller --batch-size or --seq-len"),
+    (["trace", MODEL, "-p", "x", "-o", "{d}/a.safetensors"], "use a smaller model or file")])
+def test_without_memory_checkpointing_is_the_first_remedy(capsys, tmp_path, data, monkeypatch, command, remedies):
+    def no_memory(args):
+        raise MemoryError("Unable to allocate 7 GiB")
+
+    for module in ("train", "evaluate", "trace"):
+        monkeypatch.setattr(f"deltanet_ref.cli.{module}.load", no_memory)
+    status, _, err = run(capsys, *(word.format(d=tmp_path, data=data) for word in command))
+    assert status == 1 and err.endswith(f"out of memory (Unable to allocate 7 GiB): {remedies}\n")
+
+
+def test_types_are_taken_as_info_prints_them(capsys, tmp_path):
+    model = dr.load_model(QUANTISED)
+    dr.new_adapter(model, rank=1, targets="ffn_up").save_gguf(tmp_path / "adapter.gguf")
+    for command in (["convert", QUANTISED], ["merge", QUANTISED, "--adapter", tmp_path / "adapter.gguf"]):
+        assert run(capsys, *command, "--type", "Q8_0", "-o", tmp_path / "a.gguf", "--force")[0] == 0
+        assert "Q8_0" in json.loads(run(capsys, "info", tmp_path / "a.gguf", "--json")[1])["types"]
+    for command, words in {"pretrain": "text --tokenizer t --steps 1 -o a.gguf", "routes": "m a data -o out"}.items():
+        import_module(COMMANDS[command][0]).add_arguments(parser := Parser())
+        assert parser.parse_args([*words.split(), "--type", "Q8_0"]).type == "q8_0"
+
+
+# ---- the context, and long prompts
+
+@pytest.fixture(scope="module")
+def long_prompt(tmp_path_factory):
+    """A file whose text has 1,020 tokens; the model's context is 1,024."""
+    tokenizer, path = dr.load_tokenizer(MODEL), tmp_path_factory.mktemp("prompt") / "long.txt"
+    text = tokenizer.decode(tokenizer.encode(" ".join(ROWS[i % 13]["text"] for i in range(200)))[:1020])
+    assert len(tokenizer.encode(text)) == 1020
+    path.write_text(text)
+    return path
+
+
+def test_generate_stops_at_the_end_of_the_context_and_says_so(capsys, long_prompt):
+    status, _, err = run(capsys, "generate", MODEL, "--prompt-file", long_prompt, "--max-tokens", 50,
+                         "--temperature", 9, "--top-k", 0, "--top-p", 1)
+    assert status == 0 and err.startswith("4 tokens in ") and "to read 1,020 prompt tokens\n" in err
+    assert "note: the model's context of 1,024 tokens is full" in err
+    assert "context" not in run(capsys, "generate", MODEL, "-p", "alpha", "--max-tokens", 2)[2]
+
+
+def test_a_prompt_that_fills_the_context_is_refused(capsys, long_prompt, tmp_path):
+    (tmp_path / "longer.txt").write_text(long_prompt.read_text() + " alpha beta gamma")
+    status, out, err = run(capsys, "generate", MODEL, "--prompt-file", tmp_path / "longer.txt")
+    assert (status, out) == (2, "") and "leaves no room in the model's context of 1,024: shorten it" in err
+    longer = (tmp_path / "longer.txt").read_text()
+    status, _, err = run(capsys, "trace", MODEL, "-p", longer, "-o", tmp_path / "t.safetensors")
+    assert status == 0 and "more than the model's context of 1,024" in err
+
+
+def on_a_terminal(*words):
+    """Exit status, stdout, and what stderr, a terminal, was sent."""
+    ours, theirs = os.openpty()
+    running = subprocess.Popen([sys.executable, "-m", "deltanet_ref", *map(str, words)], stdout=subprocess.PIPE,
+                               stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):             # how Linux ends a terminal whose other side is closed
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    out, _ = running.communicate()
+    return running.returncode, out.decode(), shown.decode()
+
+
+def test_a_long_prompt_and_a_long_evaluation_show_their_progress_on_a_terminal(long_prompt, data):
+    status, out, shown = on_a_terminal("generate", MODEL, "--prompt-file", long_prompt, "--max-tokens", 1)
+    assert status == 0 and re.search(r"reading the prompt.* 512/1020", shown) and "prompt" not in out
+    status, out, shown = on_a_terminal("generate", MODEL, "-p", "alpha beta", "--max-tokens", 1)
+    assert status == 0 and "reading the prompt" not in shown
+    status, out, shown = on_a_terminal("eval", MODEL, data, "--batch-size", 5)
+    assert status == 0 and re.search(r"evaluating.* 5/13", shown) and out.startswith("13 examples")
+
+
+# ---- existing files
+
+@pytest.fixture
+def existing(tmp_path, capsys):
+    """A file of each kind, by name."""
+    (tmp_path / "model.gguf").write_bytes(open(MODEL, "rb").read())
+    (tmp_path / "adapter.gguf").write_bytes(open(ADAPTER, "rb").read())
+    (tmp_path / "notes.gguf").write_text("my notes")
+    (tmp_path / "weights.safetensors").write_bytes((FIXTURES / "eq" / "hf" / "model.safetensors").read_bytes())
+    (tmp_path / "empty.gguf").touch()
+    (tmp_path / "corpus.txt").write_text("a b c\n\n" * 99)
+    assert run(capsys, "trace", MODEL, "--tokens", "3,4", "-o", tmp_path / "trace.safetensors")[0] == 0
+    return tmp_path
+
+
+WRITES = {
+    "train": "train {model} {data} --rank 2 --steps 1 -o {d}/", "convert a base": "convert {model} -o {d}/",
+    "convert an adapter": "convert {adapter} --base {model} -o {d}/",
+    "merge": "merge {model} --adapter {adapter} -o {d}/",
+    "pretrain": "pretrain {d}/corpus.txt --tokenizer {tokenizer} --steps 1 -o {d}/", "demo": "demo -o {d}/",
+    "trace": "trace {model} --tokens 5,6,7 -o {d}/"}
+REFUSED = [(command, name) for command in WRITES if command != "trace" for name in ("model.gguf", "notes.gguf")]
+REFUSED += [(command, "adapter.gguf") for command in ("convert a base", "merge", "pretrain")]
+REFUSED += [("trace", "weights.safetensors")]
+
+
+def write_over(capsys, existing, data, command, name, *more):
+    words = WRITES[command].format(model=MODEL, adapter=ADAPTER, data=data, d=existing, tokenizer=HF)
+    return run(capsys, *(words + name).split(), *more)
+
+
+@pytest.mark.parametrize("command, name", REFUSED)
+def test_an_existing_file_is_not_overwritten(capsys, existing, data, command, name):
+    before = (existing / name).read_bytes()
+    status, _, err = write_over(capsys, existing, data, command, name)
+    assert status == 2 and f"{name}: exists already" in err and "--force" in err
+    assert (existing / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("command, name, more", [
+    ("train", "adapter.gguf", []), ("convert an adapter", "adapter.gguf", []), ("trace", "trace.safetensors", []),
+    ("merge", "empty.gguf", []), ("convert a base", "model.gguf", ["--force"]), ("train", "notes.gguf", ["--force"]),
+    ("trace", "weights.safetensors", ["--force"])])
+def test_the_same_kind_of_small_result_and_what_is_forced_are_replaced(capsys, existing, data, command, name, more):
+    before = (existing / name).stat().st_ino
+    status, _, err = write_over(capsys, existing, data, command, name, *more)
+    assert status == 0, err
+    assert (existing / name).stat().st_ino != before        # another file took the name
+
+
+@pytest.mark.parametrize("command", ["convert {d}/model.gguf -o {d}/model.gguf --force",
+                                     "train {d}/model.gguf {data} -o {d}/model.gguf --force",
+                                     "merge {d}/model.gguf --adapter {d}/adapter.gguf -o {d}/adapter.gguf --force"])
+def test_not_even_force_overwrites_an_input(capsys, existing, data, command):
+    status, _, err = run(capsys, *command.format(d=existing, data=data).split())
+    assert status == 2 and "is an input too" in err
 
 
 # ---- bad input: status 2, one line on stderr, nothing written
@@ -290,7 +524,7 @@ def test_disk_that_fills_up_while_saving_keeps_the_old_adapter(tmp_path, data):
     limit = 20_000  # bytes that a file may have, less than the adapter
     training = process("train", MODEL, data, "-o", output, "--steps", 1, "--rank", 4,
                        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    _, err = training.communicate(timeout=600)
+    _, err = training.communicate(timeout=HANGS)
     assert training.returncode == 2 and err.count("\n") == 1 and "a.gguf" in err
     assert output.read_bytes() == open(ADAPTER, "rb").read()
     assert sorted(os.listdir(tmp_path)) == ["a.gguf", "data.jsonl"]
@@ -300,7 +534,7 @@ def test_interrupt_saves_the_adapter_and_says_so(tmp_path, data):
     output = tmp_path / "a.gguf"
     training = long_run(data, output)
     training.send_signal(signal.SIGINT)
-    out, err = training.communicate(timeout=600)
+    out, err = training.communicate(timeout=HANGS)
     assert training.returncode == 130
     assert err.startswith("Interrupted after ") and err.count("\n") == 1 and "Saved " in out
     assert np.any(dr.load_adapter(output, dr.load_model(MODEL)).tensors["blk.0.attn_qkv.weight.lora_b"])

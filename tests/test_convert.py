@@ -1,4 +1,4 @@
-"""Conversions against the official converters' files, and there and back without a changed bit."""
+"""Conversions compared with the official converters' files, and round trips that change no bit."""
 import json
 import shutil
 
@@ -61,7 +61,7 @@ def test_bf16_is_the_gguf_packages(tmp_path):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_gguf_file_becomes_the_hf_directory_that_it_was_made_from(model, tmp_path):
-    """But for norms and A_log, which the file has as 1 + w and -exp(A_log), rounded to float32."""
+    """Except norms and A_log, which the file holds as 1 + w and -exp(A_log), rounded to float32."""
     assert convert(FIXTURES / model / f"{model}-f32.gguf", "-o", tmp_path / "hf") == 0
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", FIXTURES / model / "hf"))
     assert set(ours) == set(theirs)
@@ -108,7 +108,7 @@ def test_gguf_to_hf_and_back_changes_no_bit_of_a_matrix(ratio, tied, tmp_path):
             np.testing.assert_allclose(y, x, rtol=4 * 6e-8, atol=6e-8, err_msg=name)
 
 
-def test_a_multimodal_directory_is_converted_to_its_text_model_and_said_so(tmp_path, capsys):
+def test_a_multimodal_directory_is_converted_to_its_text_model_with_a_note(tmp_path, capsys):
     config = small_config()
     hf = random_hf_tensors(config)
     write_hf(tmp_path / "text", config, hf)
@@ -144,7 +144,7 @@ def test_a_peft_directory_becomes_the_official_converters_tensors(model, tmp_pat
 @pytest.mark.parametrize("H_k, ratio", [(4, 1), (3, 2), (2, 3)])
 @pytest.mark.parametrize("types", ["F32", "F16", "BF16", "mixed"])
 def test_peft_to_gguf_to_peft_changes_no_byte(H_k, ratio, types, tmp_path):
-    """Every target of the architecture, and each factor in the type that it came in."""
+    """For every target of the architecture; each factor keeps its type."""
     model = small_model(H_k=H_k, ratio=ratio)
     config, base = model.config, tmp_path / "base.gguf"
     write_model(base, config, random_tensors(config))
@@ -172,7 +172,7 @@ def test_gguf_to_peft_to_gguf_changes_no_byte_of_the_file(ratio, tmp_path):
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
-def test_unequal_scales_go_into_b_in_float64_and_the_rest_keeps_its_bytes(tmp_path, capsys):
+def test_unequal_scales_are_multiplied_into_b_in_float64_and_the_rest_keeps_its_bytes(tmp_path, capsys):
     base = FIXTURES / "eq" / "hf"
     pattern = {r"layers\.0\.mlp\.up_proj": 3, "k_proj": 11}
     peft = edit_peft(FIXTURES / "eq" / "lora", tmp_path / "peft", alpha_pattern=pattern, use_rslora=True)
@@ -198,7 +198,7 @@ EXTRA = {"base_model.model.model.layers.0.linear_attn.conv1d.lora_A.weight": "co
 SETTINGS = {"use_dora": True, "modules_to_save": ["lm_head"], "bias": "lora_only"}
 
 
-def test_what_is_no_plain_lora_is_refused_with_the_list_unless_dropped(tmp_path, capsys):
+def test_entries_that_are_not_plain_lora_are_listed_and_refused_unless_dropped(tmp_path, capsys):
     source, base = FIXTURES / "eq" / "lora", FIXTURES / "eq" / "hf"
     weights = load_file(source / "adapter_model.safetensors") | {key: np.ones((2, 2), np.float32) for key in EXTRA}
     peft = edit_peft(source, tmp_path / "peft", weights, **SETTINGS)
@@ -230,6 +230,14 @@ def test_metadata_given_on_the_command_line_is_in_the_adapter(tmp_path):
                                                                          tmp_path / "a.gguf"))
     for name in x:
         np.testing.assert_array_equal(y[name], x[name].astype(np.float16))
+
+
+def test_types_are_accepted_as_info_prints_them(tmp_path):
+    hf, lora = FIXTURES / "grouped" / "hf", FIXTURES / "grouped" / "lora.gguf"
+    assert convert(hf, "-o", tmp_path / "a.gguf", "--type", "Q8_0") == 0
+    assert stored(tmp_path / "a.gguf") == stored(FIXTURES / "grouped" / "grouped-q8_0.gguf")
+    assert convert(lora, "-o", tmp_path / "b.gguf", "--base", hf, "--type", "BF16") == 0
+    assert {kind for kind, _, _ in stored(tmp_path / "b.gguf").values()} == {"BF16"}
 
 
 # ---- what is refused

@@ -1,4 +1,6 @@
-"""Token by token: the delta layer's one kernel, what is sampled, the room behind a KV cache."""
+"""Token by token: the delta layer's fused kernel, sampling, the end of a continuation, the buffer of a KV cache."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -7,9 +9,12 @@ import deltanet_ref as dr
 from deltanet_ref import ops
 from deltanet_ref.backends import numba_cpu as nb
 from deltanet_ref.errors import InputError
-from deltanet_ref.model.layers.gated_attention import AttentionState
 from deltanet_ref.model.generate import sample
+from deltanet_ref.model.layers.gated_attention import AttentionState
+from deltanet_ref.model.qwen35 import PREFILL_TOKENS
 from tests.paths import FIXTURES
+from tests.test_ops_backward import BOTH
+from tests.tolerances import assert_identical, assert_within_floors, noise_floors
 
 
 def composed(qkv, z, b, a, conv_state, S, *, conv, decay, dt_bias, norm, eps, head_order):
@@ -20,7 +25,8 @@ def composed(qkv, z, b, a, conv_state, S, *, conv, decay, dt_bias, norm, eps, he
     q, k, v = (x.reshape(N, 1, -1, d) for x, d in zip(np.split(y, [keys, 2 * keys], -1), (d_k, d_k, d_v)))
     q, k = ops.l2_norm_forward(q)[0], ops.l2_norm_forward(k)[0]
     g, beta, _ = ops.decay_gate_forward(a[:, None], b[:, None], np.log(-decay), dt_bias)
-    o, new_S = ops.gated_delta_rule_step(q[:, 0], k[:, 0], v[:, 0], g=g[:, 0], beta=beta[:, 0], S=S, head_order=head_order)
+    o, new_S = ops.gated_delta_rule_step(q[:, 0], k[:, 0], v[:, 0], g=g[:, 0], beta=beta[:, 0], S=S,
+                                         head_order=head_order)
     return ops.gated_rms_norm_forward(o, z.reshape(o.shape), norm, eps)[0], new_conv_state, new_S
 
 
@@ -34,16 +40,21 @@ def test_a_delta_layer_in_one_kernel_is_the_operators_one_after_the_other(seed, 
     arrays = [rng.standard_normal(shape) for shape in shapes]
     tensors = dict(conv=rng.standard_normal((width, K)), decay=-np.exp(rng.standard_normal(H_v)),
                    dt_bias=rng.standard_normal(H_v), norm=rng.standard_normal(d_v))
-    before = [x.copy() for x in arrays]
-    exact = composed(*arrays, **tensors, eps=1e-6, head_order=head_order)
-    for found, expected in zip(nb.delta_layer_step(*arrays, **tensors, eps=1e-6, head_order=head_order), exact):
-        np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)            # both sides round, in another order
-    assert all(np.array_equal(x, y) for x, y in zip(arrays, before))
-    narrow = [x.astype(np.float32) for x in arrays], {name: x.astype(np.float32) for name, x in tensors.items()}
-    wide = [x.astype(np.float64) for x in narrow[0]], {name: x.astype(np.float64) for name, x in narrow[1].items()}
-    exact = composed(*wide[0], **wide[1], eps=1e-6, head_order=head_order)
-    for found, expected in zip(nb.delta_layer_step(*narrow[0], **narrow[1], eps=1e-6, head_order=head_order), exact):
-        assert found.dtype == np.float32 and np.abs(found - expected).max() < 3e-5 * max(np.abs(expected).max(), 1)
+
+    def called(step, x):
+        return list(step(*x[:6], **dict(zip(tensors, x[6:])), eps=1e-6, head_order=head_order))
+
+    everything = [*arrays, *tensors.values()]
+    for dtype in (np.float64, np.float32):
+        x = [array.astype(dtype) for array in everything]
+        before = [array.copy() for array in x]
+        found = called(nb.delta_layer_step, x)
+        exact = called(composed, [array.astype(np.float64) for array in x])
+        floors = noise_floors(lambda x: called(composed, x), x, dtype)
+        assert all(result.dtype == dtype for result in found)
+        assert_within_floors(("o", "conv_state", "S"), found, exact, floors, BOTH)
+        for array, same in zip(x, before, strict=True):
+            assert_identical("argument", array, same)
     with pytest.raises(InputError, match="float32 and float64"):
         nb.delta_layer_step(*arrays[:5], arrays[5].astype(np.float32), **tensors, eps=1e-6, head_order=head_order)
 
@@ -85,8 +96,8 @@ def test_a_cache_that_grows_token_by_token_is_the_concatenation_and_is_seldom_co
         state = state.append(*piece, np)
         buffers.add(id(state.buffer))
         for found, expected in zip(state, np.concatenate(pieces[:i], 2), strict=True):
-            assert np.array_equal(found, expected)
-    assert len(buffers) <= 4                         # 72, then a quarter more than what was needed and 64, each time
+            assert_identical("keys and values", found, expected)
+    assert len(buffers) <= 4                       # 72, then a quarter more than what was needed and 64, each time
 
 
 def test_a_cache_that_is_continued_twice_gives_each_continuation_its_own():
@@ -96,10 +107,63 @@ def test_a_cache_that_is_continued_twice_gives_each_continuation_its_own():
     more = [keys_values(rng, n) for n in (1, 3, 2)]
     states = [start.append(*m, np) for m in more]
     for state, (k, v) in zip(states, more):
-        assert np.array_equal(state.k, np.concatenate([before[0], k], 1))
-        assert np.array_equal(state.v, np.concatenate([before[1], v], 1))
-    assert all(np.array_equal(x, y) for x, y in zip(start, before))
+        assert_identical("k", state.k, np.concatenate([before[0], k], 1))
+        assert_identical("v", state.v, np.concatenate([before[1], v], 1))
+    for x, y in zip(start, before, strict=True):
+        assert_identical("what was continued", x, y)
     assert states[0].buffer is start.buffer and not np.shares_memory(states[1].k, states[2].k)
+
+
+PASSES = 2 * PREFILL_TOKENS - 30        # tokens of a prompt that is read in two passes
+
+
+def model_of_context(context):
+    model = dr.load_model(FIXTURES / "eq" / "eq-f32.gguf", backend="numpy")
+    model.config = replace(model.config, max_position_embeddings=context)
+    return model
+
+
+def test_a_long_prompt_is_read_in_passes_that_are_reported_and_change_nothing():
+    model, done = model_of_context(2 * PASSES), []
+    prompt = np.random.default_rng(2).integers(0, 400, PASSES).tolist()
+    pieces = dr.generate(model, prompt, max_tokens=3, temperature=0, return_ids=True,
+                         on_prefill=lambda *progress: done.append(progress))
+    assert not done and pieces.finish_reason is None                # nothing is computed before it is asked for
+    tokens = list(pieces)
+    assert done == [(PREFILL_TOKENS, PASSES), (PASSES, PASSES)]
+    logits, state = model.prefill(prompt)
+    for token in tokens:
+        assert token == np.argmax(logits)
+        logits, state = model.step(token, state)
+    assert (pieces.ids, pieces.prompt_tokens, pieces.finish_reason) == (tokens, PASSES, "length")
+
+
+@pytest.mark.parametrize("room, max_tokens, reason", [(1, 9, "context"), (4, 9, "context"), (4, 4, "length")])
+def test_prompt_and_continuation_fill_the_context_and_no_more(room, max_tokens, reason):
+    model = model_of_context(5 + room)
+    pieces = dr.generate(model, [5, 17, 3, 99, 204], max_tokens=max_tokens, temperature=50.0, top_k=0, top_p=1, seed=1)
+    "".join(pieces)
+    assert (len(pieces.ids), pieces.finish_reason) == (min(room, max_tokens), reason)
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused_before_anything_is_computed():
+    for length in (5, 6):
+        with pytest.raises(InputError, match=f"the prompt has {length} tokens and leaves no room .* context of 5"):
+            dr.generate(model_of_context(5), [1] * length, return_ids=True)
+
+
+def test_the_end_of_turn_token_ends_a_continuation(monkeypatch):
+    model = model_of_context(99)
+    (end, *_) = model.tokenizer.eos_ids
+    monkeypatch.setattr("deltanet_ref.model.generate.sample", lambda logits, **options: end)
+    pieces = dr.generate(model, "alpha")
+    assert ("".join(pieces), pieces.ids, pieces.finish_reason) == ("", [end], "stop")
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}])
+def test_sampling_options_out_of_range_are_refused(options):
+    with pytest.raises(InputError, match="`max_tokens` .* must be at least 1"):
+        dr.generate(model_of_context(99), "alpha", **options)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])

@@ -151,8 +151,8 @@ def test_gradients_through_the_final_state_alone(form):
 
 @every_form
 def test_log_decay_gradient_keeps_its_digits_under_strong_decay(form):
-    """float32 against float64 for every token by itself, relative to the token's own scale |dg| + |q.dq| + |k.dk|, and to
-    dg itself; in floors of the worst token, ONE + sqrt(L) as above."""
+    """float32 against float64 for every token by itself, relative to the token's own scale |dg| + |q.dq| + |k.dk|, and
+    to dg itself; in floors of the worst token, ONE + sqrt(L) as above."""
     q, k, v, gates, do, dS_end = delta_rule_arguments(6, B=1, L=150, H_k=1, H_v=2, d_k=8, d_v=6, decay=30.0)
     gates["g"][0, ::7] = -1e-3
     q, k, v, do, dS_end = (x.astype(np.float32) for x in (q, k, v, do, dS_end))

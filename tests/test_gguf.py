@@ -201,6 +201,25 @@ def test_damaged_file_is_one_clear_line(case, tmp_path):
     assert str(e.value).startswith(f"{tmp_path / 'bad.gguf'}: ") and reason in str(e.value) and "\n" not in str(e.value)
 
 
+LONG = "x" * 10 ** 6
+LONG_VALUES = {
+    "key twice": file([key(LONG), key(LONG)]), "key of unknown type": file([key(LONG, 13)]),
+    "alignment": file([key("general.alignment", STRING, string(LONG))]),
+    "split count": file([key("split.count", STRING, string(LONG))]),
+    "tensor twice": file(tensors=[tensor(LONG), tensor(LONG, offset=32)]),
+    "tensor of unknown type": file(tensors=[tensor(LONG, kind=4)]),
+    "tensor past the end": file(tensors=[tensor(LONG, dimensions=(999,))]),
+}
+
+
+@pytest.mark.parametrize("case", LONG_VALUES)
+def test_a_long_value_of_a_file_is_not_repeated_in_full(case, tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(LONG_VALUES[case])
+    with pytest.raises(InputError) as e:
+        read_gguf(tmp_path / "bad.gguf")
+    assert len(str(e.value)) < 600
+
+
 def test_the_builder_of_damaged_files_makes_a_good_one(tmp_path):
     (tmp_path / "good.gguf").write_bytes(file([key("a"), key("b", STRING, string("x"))], [tensor(dimensions=(5, 3))]))
     good = read_gguf(tmp_path / "good.gguf")

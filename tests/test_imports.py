@@ -11,21 +11,23 @@ import deltanet_ref
 PACKAGE = Path(deltanet_ref.__file__).parent
 
 # A layer may import itself and the layers after the colon, directly or through others; nothing else of the package.
+BASIC = {"errors", "version", "notation", "formats", "ops"}
+LIBRARY = BASIC | {"backends", "model", "lora", "train", ""}               # "" is deltanet_ref/__init__.py
 LAYERS = {
     "errors": set(),
+    "version": set(),
     "notation": {"errors"},
     "formats": {"errors"},
     "ops": {"notation", "errors"},
-    "backends": {"ops", "formats", "notation", "errors"},
-    "model": {"ops", "formats", "notation", "errors"},
-    "lora": {"model", "ops", "formats", "notation", "errors"},
-    "oracle": {"lora", "model", "ops", "formats", "notation", "errors"},       # not backends: the judge and the judged
-    "train": {"backends", "lora", "model", "ops", "formats", "notation", "errors"},
-    "": {"backends", "train", "lora", "model", "ops", "formats", "notation", "errors"},        # deltanet_ref/__init__.py
-    "demo": {"", "backends", "train", "lora", "model", "ops", "formats", "notation", "errors"},
-    "cli": {"", "demo", "oracle", "backends", "train", "lora", "model", "ops", "formats", "notation", "errors"},
-    "__main__": {"cli", "", "demo", "oracle", "backends", "train", "lora", "model", "ops", "formats", "notation",
-                 "errors"},
+    "backends": BASIC,
+    "model": BASIC,
+    "lora": BASIC | {"model"},
+    "oracle": BASIC | {"model", "lora"},                                   # not backends: the judge and the judged
+    "train": BASIC | {"model", "lora", "backends"},
+    "": LIBRARY,
+    "demo": LIBRARY,
+    "cli": LIBRARY | {"demo", "oracle"},
+    "__main__": LIBRARY | {"demo", "oracle", "cli"},
 }
 
 # Packages that only these modules (or everything below them) may import.

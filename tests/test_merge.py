@@ -1,4 +1,4 @@
-"""Merged models against PEFT's logits, plain NumPy sums, llama-quantize's choice of types, the bytes of the base."""
+"""Merged models compared with PEFT's logits, plain NumPy sums, llama-quantize's types and the bytes of the base."""
 import json
 import tracemalloc
 from dataclasses import replace
@@ -40,8 +40,8 @@ def base(model):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("output", ["a.gguf", "hf"])
 def test_merged_models_give_pefts_logits(model, output, tmp_path):
-    """In float64. The limit is that of the files: they hold 1 + w and W + B A rounded to float32, either of which moves
-    the logits by up to 1.4e-7 (fixtures/README.md), and the goldens are rounded to float32 (6e-8)."""
+    """In float64. The limit follows from the files: they hold 1 + w and W + B A rounded to float32, either of which
+    moves the logits by up to 1.4e-7 (fixtures/README.md), and the goldens are rounded to float32 (6e-8)."""
     golden, tokens = (FIXTURES / model / "golden" / name for name in ("hf_lora.npz", "tokens.json"))
     tokens, golden = json.loads(tokens.read_text()), np.load(golden)
     for scale, prefix in ((1.0, ""), (0.5, "half/")):
@@ -53,7 +53,7 @@ def test_merged_models_give_pefts_logits(model, output, tmp_path):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_an_hf_directory_is_merged_in_its_own_order_and_the_rest_is_copied(model, tmp_path):
-    """W + alpha / r B A of the PEFT directory's own factors, in HF's order: no head is moved."""
+    """W + alpha / r B A with the PEFT directory's own factors, in HF's order: no head is permuted."""
     source = FIXTURES / model / "hf"
     merge(source, [(FIXTURES / model / "lora", 0.5)], tmp_path / "hf")
     before, after, lora = (load_file(path) for path in (source / "model.safetensors", tmp_path / "hf/model.safetensors",
@@ -92,7 +92,7 @@ def test_several_adapters_add_up(tmp_path):
 
 
 def test_what_no_adapter_changes_is_copied_byte_for_byte(tmp_path):
-    """Metadata, and tensors beside the text model."""
+    """Metadata included, and tensors that do not belong to the text model."""
     config = small_config()
     tensors = random_tensors(config) | {"v.blk.0.weight": np.ones((3, 4), np.float32)}
     file = write_model(tmp_path / "base.gguf", config, tensors, **{"general.name": "mine", "x.list": np.arange(3)})
@@ -157,14 +157,15 @@ def test_the_reported_errors_are_those_of_the_file(tmp_path, capsys):
     for loss in losses:
         assert loss.error == pytest.approx(relative(after[loss.name], meant[loss.name]), rel=1e-4)
         assert loss.change == pytest.approx(relative(meant[loss.name], before[loss.name]), rel=1e-4)
-    assert main(["merge", str(source), "--adapter", str(adapter), "-o", str(tmp_path / "cli.gguf")]) == 0
+    assert main(["merge", str(source), "--adapter", str(adapter), "--type", "Q8_0", "-o",
+                 str(tmp_path / "cli.gguf")]) == 0
     out = capsys.readouterr().out
     assert all(f"{loss.name:32} Q8_0  {loss.error:9.2e} {loss.change:9.2e}" in out for loss in losses)
     assert (tmp_path / "cli.gguf").read_bytes() == quantised.read_bytes()
 
 
 def test_the_peak_memory_is_a_few_tensors(tmp_path):
-    """Not the model: 12 layers of which each has 0.9 MB, largest tensor 0.3 MB."""
+    """And not the whole model: 12 layers of 0.9 MB each, the largest tensor 0.3 MB."""
     config = replace(small_config(layer_types=["linear_attention"] * 12), hidden_size=256, intermediate_size=288)
     tensors = random_tensors(config)
     write_gguf(tmp_path / "base.gguf", config.to_gguf_metadata(), tensors)
@@ -183,7 +184,7 @@ def test_the_peak_memory_is_a_few_tensors(tmp_path):
 # ---- what is refused
 
 def iq4_base(path):
-    """A model with one tensor in a type that we do not write."""
+    """A model with one tensor of a type that cannot be written."""
     config = replace(small_config(layer_types=["linear_attention", "full_attention"]), hidden_size=256)
     tensors = random_tensors(config)
     shape = tensors["blk.0.ffn_up.weight"].shape
@@ -216,7 +217,7 @@ def test_an_activated_lora_is_not_merged(tmp_path):
 @pytest.mark.parametrize("arguments, match", [
     (["--adapter", "eq/lora.gguf", "-o", "hf", "--type", "q8_0"], "ends in .gguf"),
     (["--adapter", "grouped/lora.gguf", "-o", "a.gguf"], "misshapen"),
-    (["--adapter", "eq/lora.gguf=much", "-o", "a.gguf"], "is no number"),
+    (["--adapter", "eq/lora.gguf=much", "-o", "a.gguf"], "is not a finite number"),
     (["--adapter", "eq/eq-f32.gguf", "-o", "a.gguf"], "general.type is 'model'"),
     (["--adapter", "eq/lora.gguf", "-o", "a.gguf", "--type", "q3_k"], "invalid choice"),
     (["-o", "a.gguf"], "--adapter"),

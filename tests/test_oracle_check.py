@@ -1,5 +1,5 @@
-"""deltanet-ref check: quiet on correct implementations in every layout, and at the right stage, case and place on
-mistakes that were planted here (tests/oracle_kernels.py), none of them code of the catalogue."""
+"""deltanet-ref check: no alarm on correct implementations in any layout, and the right stage, case and place for the
+mistakes planted in tests/oracle_kernels.py, which share no code with the catalogue."""
 import functools
 import json
 
@@ -26,7 +26,7 @@ def wrong(report):
 
 # ---- correct implementations
 
-def test_a_float32_loop_over_tokens_passes_everything_packed_cases_too():
+def test_a_float32_loop_over_tokens_passes_dense_and_packed_cases():
     report = judge(loop_forward, loop_backward, cases=select(["delta"]))
     assert report.ok and report.count("ok") == len(report.cases) == len(select(["delta"]))
     assert judge(loop_forward, cases=select(["packed"])).ok
@@ -327,9 +327,9 @@ def test_flags_that_fail_are_those_of_the_mistake():
     assert {flag.flag for flag in report.flags()[:2]} == {"grouped-heads", "tiled-heads"}
 
 
-# ---- answers that are no answers
+# ---- answers of the wrong shape or dtype, missing answers, exceptions
 
-def test_shapes_dtypes_and_what_is_missing_are_told_apart():
+def test_wrong_shapes_wrong_dtypes_and_missing_outputs_are_distinguished():
     cases = [CASES["delta/plain"], CASES["delta/batch-rows"]]
 
     def status(change, first_bad=True):
@@ -349,15 +349,19 @@ def test_shapes_dtypes_and_what_is_missing_are_told_apart():
     assert status(lambda o, S: (o.astype(np.float64), S.astype(np.float64)), first_bad=None)[:2] == ("ok", None)
 
 
-def test_what_is_no_array_and_what_is_missing_everywhere_has_no_suspect():
+def test_objects_and_outputs_missing_everywhere_have_no_suspect():
     cases = DENSE[:9]
     report = judge(lambda *a, **k: (o for o in loop_forward(*a, **k)), cases=cases)
     assert {result.status for result in report.cases} == {"ERROR"} and report.suspects == []
     assert "not an array" in report.cases[0].message
     report = judge(lambda *a, **k: (None, loop_forward(*a, **k)[1]), cases=cases)
     assert {result.status for result in report.cases} == {"MISSING"} and report.suspects == []
-    slots = judge(loop_forward, lambda *a, **k: (lambda dq, dk, dv, *rest: (dv, dk, dq, *rest))(*loop_backward(*a, **k)),
-                  cases=DENSE)
+
+    def other_slots(*args, **options):
+        dq, dk, dv, *rest = loop_backward(*args, **options)
+        return dv, dk, dq, *rest
+
+    slots = judge(loop_forward, other_slots, cases=DENSE)
     assert slots.suspects[0][0] == 32
     without_dS0 = judge(loop_forward, lambda *a, **k: loop_backward(*a, **k)[:5], cases=DENSE)
     assert without_dS0.suspects[0][0] == 14
@@ -430,6 +434,49 @@ def test_a_failure_is_exit_status_1_and_names_the_place(capsys, tmp_path):
     assert "2 of 6 cases pass, 4 fail; forward only at float32" in out
 
 
+def broken(*args, **options):
+    raise LookupError("broken\nin the kit")
+
+
+def test_an_error_while_ranking_suspects_is_exit_status_3_and_the_verdict_is_printed(capsys, tmp_path, monkeypatch):
+    (tmp_path / "kernel.py").write_text(
+        "from tests.oracle_kernels import loop_forward\n"
+        "def forward(*a, **k):\n    return loop_forward(*a, mistake='tail of 16 not written', **k)\n")
+    monkeypatch.setattr("deltanet_ref.oracle.suspects.rank", broken)
+    words = [f"{tmp_path}/kernel.py:forward", "--cases", "delta/ragged-1*"]
+    assert main(["check", *words]) == 3
+    out, err = capsys.readouterr()
+    assert "first wrong stage: o, in delta/ragged-15" in out and "2 of 6 cases pass, 4 fail" in out
+    assert "suspects could not be ranked" in out and "no known mistake" not in out
+    line, rest = err.split("\n", 1)
+    assert "while ranking suspects: LookupError: broken in the kit (test_oracle_check.py:" in line
+    assert "not a verdict" in line and "report it" in line and rest.startswith("Traceback")
+    status, report, err = command(capsys, *words)
+    assert status == 3 and report["summary"]["failed"] == 4 and report["summary"]["suspects"] == []
+    assert "ranking suspects" in report["summary"]["internal_error"]
+
+
+@pytest.mark.parametrize("broken_part, words", [
+    ("deltanet_ref.oracle.check.compare", []),
+    ("deltanet_ref.ops.gated_delta_rule.recurrent_forward", ["--scale", "none"]),     # which computes what is expected
+])
+def test_any_other_error_of_the_kit_is_exit_status_3_too(capsys, monkeypatch, broken_part, words):
+    monkeypatch.setattr(broken_part, broken)
+    status, report, err = command(capsys, f"{KERNELS}:loop_forward", "--cases", "delta/plain", *words)
+    assert status == 3 and report is None
+    assert "internal error of the conformance kit while checking: LookupError: broken in the kit" in err
+
+
+def test_an_error_of_the_kit_in_the_worker_is_not_a_verdict_on_the_callable(capsys, tmp_path):
+    (tmp_path / "kernel.py").write_text(
+        "from deltanet_ref.oracle import runners\n"
+        "runners.OPERATORS = {}\n"
+        "def forward(*a, **k):\n    return None\n")
+    status, report, err = command(capsys, f"{tmp_path}/kernel.py:forward", "--cases", "delta/plain")
+    assert status == 3 and report is None
+    assert "while calling the implementation on delta/plain: KeyError" in err
+
+
 def test_hanging_and_dying_callables_cost_only_their_case(capsys, tmp_path):
     """10 s are a thousand times what the other cases need, so that load does not make them late."""
     (tmp_path / "kernel.py").write_text(
@@ -480,4 +527,7 @@ def test_bad_usage_is_one_line_and_exit_status_2(capsys, words, says):
 def test_help_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
-    assert end.value.code == 0 and f"deltanet-ref {command} " in capsys.readouterr().out.split("examples:")[1]
+    help_text = capsys.readouterr().out
+    assert end.value.code == 0 and f"deltanet-ref {command} " in help_text.split("examples:")[1]
+    if command == "check":
+        assert "3  an internal error of the kit" in help_text

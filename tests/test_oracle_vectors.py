@@ -8,6 +8,7 @@ import mpmath
 import numpy as np
 import pytest
 
+from deltanet_ref.formats.safetensors import read_safetensors
 from deltanet_ref.oracle.cases import CASES, GROUPS, bfloat16, float32, make_inputs
 from deltanet_ref.oracle.catalogue import CATALOGUE
 from deltanet_ref.oracle.chunk_by_chunk import BACKWARD, FORWARD
@@ -17,7 +18,6 @@ from deltanet_ref.oracle.flags import FLAGS
 from deltanet_ref.oracle.make_vectors import verify_vectors, write_vectors
 from deltanet_ref.oracle.noise import relative_error
 from deltanet_ref.oracle.operators import OPERATORS, in_dtype
-from deltanet_ref.formats.safetensors import read_safetensors
 from tests.oracle_kernels import expand
 
 METADATA = {group: json.loads((VECTORS / f"{group}.json").read_text()) for group in GROUPS}
@@ -213,7 +213,6 @@ def test_gradients_of_the_intermediates_equal_the_complex_step(case):
     """Each named gradient at 4 elements of the middle chunk, where the last chunk contributes too."""
     x = in_dtype(make_inputs(case), np.float64)
     right, rng, n, C = expected(case), np.random.default_rng(7), 1, 64
-    B, H_v = x["v"].shape[0], x["v"].shape[2]
     for gradient in BACKWARD:
         name = gradient[1:]
         want = right.values[gradient][:, n] if name == "S" else right.values[gradient][:, C:2 * C].swapaxes(1, 2)

@@ -10,10 +10,11 @@ from deltanet_ref.model.config import Config
 from deltanet_ref.model.qwen35 import Qwen35
 from deltanet_ref.model.tensors import expected_tensors
 from deltanet_ref.ops.elementwise import softplus
+from deltanet_ref.train import pretrain as library
 from deltanet_ref.train.batches import Example, pack
 from deltanet_ref.train.initial import new_model
 from deltanet_ref.train.parallel import ParallelModel
-from deltanet_ref.train.pretrain import encode_documents, stream_batches, windows
+from deltanet_ref.train.pretrain import PretrainOptions, encode_documents, starting_model, stream_batches, windows
 from tests.paths import FIXTURES
 
 CONFIG = Config(vocab_size=53, hidden_size=24, intermediate_size=20, num_hidden_layers=4, num_attention_heads=4,
@@ -144,6 +145,36 @@ def test_pretrain_learns_a_text_and_writes_a_model_that_loads(tmp_path, capsys):
         assert tensor.type.name == ("F32" if len(tensor.shape) == 1 or "conv1d" in name else "Q8_0"), name
     model = dr.load_model(tmp_path / "tiny.gguf")
     assert "".join(dr.generate(model, "The fox said to", max_tokens=3, temperature=0)).startswith(" the")
+
+
+SIZES = dict(hidden=32, ffn=32, heads=2, kv_heads=1, head_dim=16, delta_key_heads=1, delta_value_heads=2,
+             delta_head_dim=16, batch_size=3, seq_len=24, warmup=2)
+
+
+def test_pretraining_from_python_is_silent_and_what_it_saves_is_the_trained_model(tmp_path, capsys):
+    tokenizer, saved = dr.load_tokenizer(TOKENIZER), []
+    options = PretrainOptions(steps=5, save_every=2, threads=1, **SIZES)
+    model = starting_model(options, tokenizer)
+    tokens = np.array([tokenizer.encode("The fox said to the hen")])
+    history = library.pretrain(model, TEXT, options, save=lambda: saved.append(model.logits(tokens)))
+    assert len(history.losses) == 5 and history.losses[-1] < history.losses[0] and len(saved) == 2
+    assert not np.array_equal(saved[0], saved[1]) and "".join(capsys.readouterr()) == ""
+    metadata = library.file_metadata(TOKENIZER, tokenizer, name="animals", license="")
+    library.write_model(tmp_path / "tiny.gguf", model, "f32", metadata)
+    np.testing.assert_array_equal(dr.load_model(tmp_path / "tiny.gguf").logits(tokens), model.logits(tokens))
+    about = read_gguf(tmp_path / "tiny.gguf").metadata
+    assert about["general.name"] == "animals" and "general.license" not in about
+
+
+@pytest.mark.parametrize("options, reason", [
+    ({}, "`steps` and `minutes` both set the length of the run: give one"),
+    ({"steps": 1, "minutes": 1.0}, "give one"), ({"steps": 1, "lr": float("inf")}, "`lr` is inf, it must be above 0"),
+    ({"steps": 1, "rotary": 2}, "`rotary` is 2, it must be above 0 and at most 1"),
+    ({"steps": 1, "seq_len": 99, "context": 64}, "`seq_len` is 99, more than `context` 64: lower it"),
+])
+def test_options_of_pretraining_have_python_names_in_python(options, reason):
+    with pytest.raises(dr.InputError, match=reason):
+        PretrainOptions(**options)
 
 
 def test_the_same_seed_gives_the_same_file_on_any_number_of_threads(tmp_path):

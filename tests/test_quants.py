@@ -1,4 +1,4 @@
-"""formats/quants.py against blocks that ggml itself quantised and dequantised, and against the gguf package."""
+"""formats/quants.py compared with blocks quantised and dequantised by ggml itself, and with the gguf package."""
 import itertools
 import struct
 
@@ -8,8 +8,16 @@ import pytest
 
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
-from deltanet_ref.formats.quants import (QUANTIZABLE, TYPES, dequantize, finite, quantize, rows, stored_bytes,
-                                         stored_finite)
+from deltanet_ref.formats.quants import (
+    QUANTIZABLE,
+    TYPES,
+    dequantize,
+    finite,
+    quantize,
+    rows,
+    stored_bytes,
+    stored_finite,
+)
 from tests.paths import FIXTURES
 
 GGML = np.load(FIXTURES / "dequant.npz")
@@ -38,7 +46,7 @@ def test_rows_are_those_of_the_whole(name):
     assert np.array_equal(dequantize(some, Type[name], (3, expected.shape[1])), expected[ids])
 
 
-FITTED = ("Q4_0", "Q4_K", "Q5_K", "Q6_K")        # our scales are those of least squares, not ggml's
+FITTED = ("Q4_0", "Q4_K", "Q5_K", "Q6_K")        # with least-squares scales, unlike ggml
 
 
 @pytest.mark.parametrize("name", [name for name in STORED if Type[name] in QUANTIZABLE and name not in FITTED])
@@ -60,8 +68,8 @@ def test_fitted_scales_are_as_close_as_ggmls(name):
 
 @pytest.mark.parametrize("name, steps", [("Q8_0", 254), ("Q4_0", 15), ("Q4_K", 15), ("Q5_K", 31), ("Q6_K", 63)])
 def test_blocks_of_every_kind_lose_no_more_than_rounding(name, steps):
-    """Zeros, one value, one sign, an outlier, very small, very large. Rounding to equal steps of the range -max..max of
-    the whole row would lose span / steps / sqrt(12); what is below 6e-8, float16's smallest, is lost."""
+    """Zeros, a constant, one sign, an outlier, very small and very large values. Rounding to equal steps over the range
+    -max..max of the row has the error span / steps / sqrt(12); values below 6e-8, float16's smallest, are lost."""
     kind, rng = Type[name], np.random.default_rng(3)
     x = rng.standard_normal((9, 256)).astype(np.float32)
     x[0], x[1], x[2], x[3] = 0, 0.7, np.abs(x[2]), -np.abs(x[3])
@@ -92,7 +100,7 @@ def test_values_that_a_type_cannot_hold_are_refused(name, values):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_type_dequantises_as_the_gguf_package_does(kind):
-    """Random blocks of three axes; also the types that dequant.npz lacks (IQ1, IQ2, IQ3, ternary, 4-bit floats)."""
+    """Random blocks with three axes, including the types that dequant.npz lacks (IQ1, IQ2, IQ3, ternary, 4-bit)."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(int(kind)).integers(0, 256, (2, 3, 5 * size), np.uint8)
     with np.errstate(all="ignore"):     # random scales may be inf or nan
@@ -101,7 +109,7 @@ def test_every_type_dequantises_as_the_gguf_package_does(kind):
     assert np.array_equal(bits(values), bits(np.ascontiguousarray(expected)))
 
 
-def test_the_tables_list_all_that_the_gguf_package_can():
+def test_the_tables_list_every_type_that_the_gguf_package_supports():
     for kind, (block, size) in gguf.GGML_QUANT_SIZES.items():
         for table, attempt in [(TYPES, lambda: gguf.quants.dequantize(np.zeros((2, size), np.uint8), kind)),
                                (QUANTIZABLE, lambda: gguf.quants.quantize(np.ones((2, block), np.float32), kind))]:
@@ -155,14 +163,14 @@ def test_bytes_and_shape_must_agree():
 # --- values that are not finite ------------------------------------------------------------------------------------
 
 def finite_blocks(kind, n):
-    """n random blocks of finite values, (n, size): those of random bytes that the gguf package decodes as such."""
+    """n blocks of random bytes, (n, size), chosen to decode to finite values."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(int(kind)).integers(0, 256, (4 * n, size), np.uint8)
     return raw[decoded_finite(raw, kind)][:n].copy()
 
 
 def decoded_finite(blocks, kind):
-    """Whether each block holds finite values only, by decoding it with the gguf package."""
+    """Whether the gguf package decodes each block to finite values only, (n,) bool."""
     with np.errstate(all="ignore"):
         values = blocks.view(np.float64) if kind == Type.F64 else gguf.quants.dequantize(blocks, kind)
     return np.isfinite(values.reshape(len(blocks), -1)).all(axis=1)
@@ -170,9 +178,9 @@ def decoded_finite(blocks, kind):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_block_that_decodes_to_nan_or_infinity_is_found_wherever_it_is(kind, monkeypatch):
-    """Each byte in turn, and each pair of bytes, becomes the extreme of a field: all exponent bits set or all but one,
-    as float16 and bfloat16 have them, and 8-bit scales. Whether that is finite is what decoding says. The tensor is
-    examined in several pieces, of which the first, a middle and the last block are tried."""
+    """Each byte and each pair of bytes in turn is set to a limit of a field: the largest finite values, infinities and
+    NaN of float16 and bfloat16, and of 8-bit scales. Decoding determines the expected answer. The tensor is examined in
+    four pieces; blocks that are not finite are placed in the first, a middle and the last one."""
     monkeypatch.setattr(quants, "SCANNED", 3 * gguf.GGML_QUANT_SIZES[kind][1])
     monkeypatch.setattr(quants, "DECODED", 3 * gguf.GGML_QUANT_SIZES[kind][1])
     good = finite_blocks(kind, 11)

@@ -71,7 +71,8 @@ def test_shards_are_one_mapping(tmp_path):
 
 
 @pytest.mark.parametrize("index, reason", [
-    ({"weight_map": {"a": "one.safetensors", "c": "two.safetensors", "d": "one.safetensors"}}, "shards lack tensors that the index lists: c, d"),
+    ({"weight_map": {"a": "one.safetensors", "c": "two.safetensors", "d": "one.safetensors"}},
+     "shards lack tensors that the index lists: c, d"),
     ({"weight_map": {"a": "three.safetensors"}}, "three.safetensors: cannot be read"),
     ({"weight_map": {"a": 7}}, "not a safetensors index"), ({"weight_map": ["a"]}, "not a safetensors index"),
     ({}, "not a safetensors index"), ([], "expected a JSON object"),

@@ -129,7 +129,7 @@ def test_special_ids(path):
     assert tokenizer.eos_ids == {448} and tokenizer.token_id("<think>") == 453 and tokenizer.token_id("no such") is None
 
 
-def test_end_of_turn_ends_a_generation_beside_the_end_of_sequence(tmp_path):
+def test_end_of_turn_and_end_of_sequence_both_end_a_generation(tmp_path):
     metadata = read_gguf(FIXTURES / "eq/eq-f32.gguf").metadata
     metadata |= {"tokenizer.ggml.eos_token_id": 449, "tokenizer.ggml.eot_token_id": 450}
     write_gguf(tmp_path / "a.gguf", metadata, {})
@@ -183,8 +183,8 @@ class Counted(dict):
 
 @pytest.mark.parametrize("text", [" " * 2000, "a" * 2000, "ab" * 1000])
 def test_the_work_of_merging_grows_with_the_length_of_a_run(text, real_file):
-    """One pre-token of n bytes: n - 1 pairs are looked up at first, then at most two after each merge, which reduces the
-    number of parts by one. A loop that looks up every pair again after each merge takes about n^2 / 2 lookups."""
+    """One pre-token of n bytes: n - 1 pairs are looked up at first, then at most two after each merge, which reduces
+    the number of parts by one. A loop that looks up every pair again after each merge takes about n^2 / 2 lookups."""
     tokenizer = load_tokenizer(real_file)
     tokenizer._ranks = Counted(tokenizer._ranks)
     ids = tokenizer.encode(text)
@@ -264,6 +264,17 @@ def test_tokenizer_json_that_is_not_known_is_refused(text, reason, tmp_path):
     with pytest.raises(InputError, match=reason) as e:
         load_tokenizer(tmp_path)
     assert str(tmp_path / "tokenizer.json") in str(e.value)
+
+
+@pytest.mark.parametrize("damage", ["pre", "token"])
+def test_a_long_value_of_a_file_is_not_repeated_in_full(damage, tmp_path):
+    metadata, long = read_gguf(FIXTURES / "eq/eq-f32.gguf").metadata, "x" * 10 ** 6
+    twice = [long, long, *metadata["tokenizer.ggml.tokens"][2:]]
+    metadata |= {"tokenizer.ggml.pre": long} if damage == "pre" else {"tokenizer.ggml.tokens": twice}
+    write_gguf(tmp_path / "a.gguf", metadata, {})
+    with pytest.raises(InputError) as error:
+        load_tokenizer(tmp_path / "a.gguf").encode("ab")
+    assert len(str(error.value)) < 600
 
 
 def test_text_and_options_that_cannot_be_encoded_are_refused():

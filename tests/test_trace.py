@@ -349,7 +349,7 @@ def test_drift_is_reported_by_layer(capsys):
 BAD = [
     ("trace {model} --tokens 1,2", "-o/--output"),
     ("trace {model} -o {d}/t.safetensors", "one of the arguments"),
-    ("trace {model} --tokens 1,x -o {d}/t.safetensors", "--tokens 1,x"),
+    ("trace {model} --tokens 1,x -o {d}/t.safetensors", "write ids separated by commas"),
     ("trace {model} --tokens 1,999999 -o {d}/t.safetensors", "token 999999"),
     ("trace {model} -p '' -o {d}/t.safetensors", "prompt is empty"),
     ("trace {model} --tokens 1 -o {d}/t.gguf", "must end in .safetensors"),

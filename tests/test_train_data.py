@@ -190,7 +190,7 @@ def test_longer_example_is_refused_or_cut_as_asked():
     example = encode_row(rows[1][1], TOKENIZER)
     n, prompt = len(example.tokens), len(TOKENIZER.encode(rows[1][1]["prompt"]))
     assert len(encode_dataset(rows, TOKENIZER, seq_len=n)[1].tokens) == n
-    with pytest.raises(InputError, match=f"d:2: {n} tokens are more than `seq_len` {n - 1}: raise it, or cut with `tru"):
+    with pytest.raises(InputError, match=f"d:2: {n} tokens are more than `seq_len` {n - 1}: raise it, or cut with"):
         encode_dataset(rows, TOKENIZER, seq_len=n - 1)
     cut = encode_dataset(rows, TOKENIZER, seq_len=n - 1, truncate=True)[1]
     assert cut.labels.tolist() == example.labels.tolist()[: n - 1]

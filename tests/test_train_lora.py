@@ -111,7 +111,7 @@ def test_checkpointing_gives_the_same_adapter_to_the_bit():
     assert all(np.array_equal(plain[name], checkpointed[name]) for name in plain)
 
 
-def test_the_report_tells_the_peaks_of_loading_compiling_and_training_apart():
+def test_the_report_separates_the_peaks_of_loading_compiling_and_training():
     for steps, phases in ((1, ["load", "first step"]), (3, ["load", "first step", "later steps"])):
         model = load()
         report = train(model, dr.new_adapter(model, rank=2, targets="attn_qkv"), ROWS, steps=steps)

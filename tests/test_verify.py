@@ -87,8 +87,8 @@ def peft_with(tmp_path, rename):
 
 
 @pytest.mark.parametrize("old, new, parts", [
-    ("model.model.layers", "model.transformer.layers", ["no tensor", "wrong prefix: 'transformer.'", "of 62 entries"]),
-    ("model.model.layers.1.", "model.layers.1.", ["partial match: 23 matching, 16", "wrong prefix: ''", "16 entries"]),
+    ("model.model.layers", "model.transformer.layers", ["no tensor", "wrong prefix: 'transformer.'", "in 62 names"]),
+    ("model.model.layers.1.", "model.layers.1.", ["partial match: 23 matching, 16", "wrong prefix: ''", "in 16 names"]),
     (".layers.3.", ".layers.7.", ["partial match", "this model has no 'layers.7.", "number or the kinds of layers"]),
     ("layers.3.self_attn", "layers.0.self_attn", ["partial match: 27", "no 'layers.0.self_attn"]),
     ("q_proj.lora_B", "q_proj.lora_C", ["q.weight.lora_b is missing, only its partner"]),
@@ -228,5 +228,6 @@ def test_the_command_exits_with_1_for_a_bad_adapter_and_compares_a_merged_model(
     assert main(["verify", str(base), str(FIXTURES / "grouped" / "lora")]) == 1
     out = capsys.readouterr().out
     assert "FAILED: wrong base" in out and "llama.cpp: not compared\n" in out
-    for arguments, match in ((["-p", "a"], "the prompt 'a' has fewer than two tokens"), (["--prompts", "absent"], "absent")):
+    for arguments, match in ((["-p", "a"], "the prompt 'a' has fewer than two tokens"),
+                             (["--prompts", "absent"], "absent")):
         assert main(["verify", str(base), str(lora), *arguments]) == 2 and match in capsys.readouterr().err

@@ -85,8 +85,8 @@ def assert_within(name, got, want, bound):
     if len(bad):
         worst = tuple(max(bad, key=lambda i: off[tuple(i)]))
         limit = np.broadcast_to(bound, off.shape)[worst]
-        raise AssertionError(f"{name}: {len(bad)} of {off.size} values beyond their bound; {_values(got, want, worst)}, "
-                             f"off by {off[worst]:.3g}, bound {limit:.3g}")
+        raise AssertionError(f"{name}: {len(bad)} of {off.size} values beyond their bound; "
+                             f"{_values(got, want, worst)}, off by {off[worst]:.3g}, bound {limit:.3g}")
 
 
 def assert_within_floors(names, got, exact, floors, factor):

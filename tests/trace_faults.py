@@ -41,12 +41,12 @@ def random_weights(config=CONFIG, seed=3):
     return stored
 
 
-def model(config=CONFIG, changed={}, operators={}):
+def model(config=CONFIG, changed=None, operators=None):
     """A float64 model; changed: tensor name -> function of the tensor; operators: name -> replacement of the op."""
     stored = random_weights(config)
-    for name, change in changed.items():
+    for name, change in (changed or {}).items():
         stored[name] = np.ascontiguousarray(change(stored[name]))
-    return Qwen35(config, Weights(config, stored, "float64", SimpleNamespace(**vars(ops) | operators)))
+    return Qwen35(config, Weights(config, stored, "float64", SimpleNamespace(**vars(ops) | (operators or {}))))
 
 
 def run(**faults):

@@ -35,13 +35,13 @@ class Backend(Protocol):
     # ---- arrays
     name: str                 # "numpy", "numba"
     xp: ModuleType            # NumPy's interface to the arrays that the operators take and return: numpy, cupy
-    def to_host(x: Array) -> np.ndarray: ...                               # a NumPy array; without a copy where it is one
+    def to_host(x: Array) -> np.ndarray: ...                               # a NumPy array, without a copy if it is one
 
     # ---- optional capabilities, and what the model does where they are None
     device: str | None        # the device in words, for messages and reports. None: the CPU
     set_threads: Callable | None       # n -> the number so far; the kernels' threads. None: only the BLAS is limited
     stored: StoredTensors | None       # None: formats.quants decodes a tensor, linear_* multiply it
-    delta_layer_step: Callable | None  # one token of a delta layer between projections. None: the operators do it
+    delta_layer_step: Callable | None  # one token of a delta layer between projections. None: the operators
 
     # ---- operators
     def adamw_update(p, g, m, v, *, t, lr, betas, eps, weight_decay): ...

@@ -5,14 +5,14 @@ import numpy as np
 
 from deltanet_ref.cli.model import losses_by_type, print_notes
 from deltanet_ref.cli.options import add_output_arguments, add_type_argument, check_output
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, counted
 
 PREFIXES = ("model.", "model.language_model.")
 
 EPILOG = """\
 SOURCE is an adapter (a GGUF file, or a directory with adapter_config.json) or a base model (a GGUF file, or a directory
-with config.json). OUTPUT is a GGUF file when its name ends in .gguf, and otherwise a new directory: PEFT's for an
-adapter, HF's for a base model. An adapter needs --base, whose shape tells the order of the heads.
+with config.json). OUTPUT is a GGUF file if its name ends in .gguf, otherwise a new directory: in PEFT's form for an
+adapter, in HF's for a base model. An adapter needs --base, whose shape determines the order of the V heads.
 
 example:
   deltanet-ref convert peft-directory -o scots.gguf --base Qwen3.5-0.8B-Q8_0.gguf
@@ -34,24 +34,25 @@ def add_arguments(parser):
     adapter = parser.add_argument_group("adapters")
     adapter.add_argument("--base", metavar="MODEL", help="the base model: a .gguf file or an HF directory")
     adapter.add_argument("--drop", metavar="KIND,...", default="",
-                         help="leave out what is no plain LoRA: dora, modules_to_save, bias, conv1d, A_log, ...")
+                         help="leave out entries that are not plain LoRA: dora, modules_to_save, bias, conv1d, A_log, "
+                              "...")
     adapter.add_argument("--prefix", choices=PREFIXES, default=PREFIXES[0], metavar="PATH",
-                         help=f"of the modules in a PEFT directory: {' (default) or '.join(PREFIXES)}")
+                         help=f"prefix of the module names in a PEFT directory: {' (default) or '.join(PREFIXES)}")
     add_metadata_arguments(adapter)
     adapter.add_argument("--invocation", metavar="TEXT",
-                         help="make it an activated LoRA, which acts from this text in the prompt on")
+                         help="make it an activated LoRA, which acts from the last occurrence of TEXT in the prompt on")
 
 
 def add_metadata_arguments(parser):
-    """What an adapter is told to carry, the same for convert and train; given_metadata reads it."""
-    parser.add_argument("--task-name", metavar="TEXT", help="stored in the adapter: what it is for")
+    """The options for an adapter's metadata, shared by convert and train; given_metadata reads them."""
+    parser.add_argument("--task-name", metavar="TEXT", help="task name to store in the adapter")
     parser.add_argument("--prompt-prefix", metavar="TEXT",
-                        help="stored in the adapter: generate puts it before every prompt (training data is taken as "
-                             "it is)")
+                        help="text to store in the adapter, which generate prepends to every prompt (training data is "
+                             "used unchanged)")
 
 
-def given_metadata(args):
-    """task_name and prompt_prefix, those that were given: a dict for Adapter.metadata."""
+def given_metadata(args) -> dict:
+    """The options of add_metadata_arguments that were given, for Adapter.metadata."""
     return {name: text for name in ("task_name", "prompt_prefix") if (text := getattr(args, name))}
 
 
@@ -70,11 +71,12 @@ def run(args):
     if isinstance(base, GGUFBase) != writes_gguf(args.output):
         print_notes(base.notes)
     print(losses_by_type(write_base(base, args.output, args.type)), end="")
-    print(f"Wrote {args.output}: {len(base.specs)} tensors")
+    print(f"Wrote {args.output}: {counted(len(base.specs), 'tensor')}")
 
 
-def is_adapter(path):
-    """By what is in the file or directory; raises InputError when it is neither an adapter nor a model."""
+def is_adapter(path: Path | str) -> bool:
+    """Whether a file or directory holds an adapter, by its contents. Raises InputError for a directory without either
+    configuration file, and for a file that is not GGUF."""
     from deltanet_ref.formats.gguf import read_gguf
     from deltanet_ref.formats.values import is_text
 
@@ -83,11 +85,13 @@ def is_adapter(path):
         return is_text(read_gguf(path).metadata.get("general.type"), "adapter")
     found = [name for name in ("adapter_config.json", "config.json") if (path / name).is_file()]
     if not found:
-        raise InputError(f"{path}: has neither adapter_config.json nor config.json: it is no adapter and no model")
+        raise InputError(f"{path}: has neither adapter_config.json nor config.json: give the directory of an adapter "
+                         "or of a model")
     return found[0] == "adapter_config.json"
 
 
 def convert_adapter(args):
+    """GGUF or PEFT adapter -> GGUF or PEFT adapter."""
     from deltanet_ref.formats.files import atomic_directory, ensure_new_directory, ensure_writable
     from deltanet_ref.formats.tokenizer import load_tokenizer
     from deltanet_ref.lora.adapter import open_adapter
@@ -111,5 +115,5 @@ def convert_adapter(args):
         with atomic_directory(args.output) as temporary:
             adapter.save_peft(temporary, kind, args.prefix)
     ranks = sorted({adapter.rank(target) for target in adapter.targets})
-    print(f"Wrote {args.output}: {len(adapter.targets)} tensors adapted, rank {', '.join(map(str, ranks))}, "
+    print(f"Wrote {args.output}: {counted(len(adapter.targets), 'adapted tensor')}, rank {', '.join(map(str, ranks))}, "
           f"alpha {adapter.alpha:g}")

@@ -14,21 +14,21 @@ from deltanet_ref.formats.gguf import read_gguf
 from deltanet_ref.train.memory import keep_freed_memory
 from deltanet_ref.train.report import Console, format_count
 
-EPILOG = """\
+EPILOG = f"""\
 Takes less than a minute on two free cores, longer if other programs use them. The first run also compiles the kernels,
 once: about 20 seconds more.
 
 example:
   deltanet-ref demo -o scots.gguf
-  deltanet-ref generate {model} --adapter scots.gguf -p "And the king said"
-""".format(model=demo.MODEL)
+  deltanet-ref generate {demo.MODEL} --adapter scots.gguf -p "And the king said"
+"""
 
-NEXT = """
+NEXT = f"""
 The same with a real model (any quantisation of Qwen3.5-0.8B as GGUF; your own rows {{"text": ...}} instead of these):
-  deltanet-ref train Qwen3.5-0.8B-Q8_0.gguf {adapt} -o scots-0.8B.gguf --rank 16 --batch-size 2 --steps 60
+  deltanet-ref train Qwen3.5-0.8B-Q8_0.gguf {demo.ADAPT} -o scots-0.8B.gguf --rank 16 --batch-size 2 --steps 60
   deltanet-ref generate Qwen3.5-0.8B-Q8_0.gguf --adapter scots-0.8B.gguf -p "And the king said"
   llama-cli -m Qwen3.5-0.8B-Q8_0.gguf --lora scots-0.8B.gguf -p "And the king said"
-""".format(adapt=demo.ADAPT)
+"""
 
 
 def add_arguments(parser):
@@ -72,7 +72,8 @@ def describe(model):
     parameters = sum(w.size for w in model.weights.values())
     delta = model.config.layer_types.count("linear_attention")
     return (f"{format_count(parameters)} parameters in {demo.MODEL.stat().st_size / 1e6:.1f} MB; {delta} layers of "
-            f"Gated DeltaNet, {len(model.config.layer_types) - delta} of softmax attention, {model.config.vocab_size} tokens")
+            f"Gated DeltaNet, {len(model.config.layer_types) - delta} of softmax attention, {model.config.vocab_size} "
+            "tokens")
 
 
 def figures(before, after):

@@ -62,5 +62,5 @@ def run(args):
     print(f"{counted(count, 'token')} in {seconds:.2f} s, {count / seconds:.2f} tokens/s, including the time to read "
           f"{counted(pieces.prompt_tokens, 'prompt token')}", file=sys.stderr)
     if pieces.finish_reason == "context":
-        print(f"note: the model's context of {model.config.max_position_embeddings} tokens is full: generation stopped "
-              "there", file=sys.stderr)
+        print(f"note: the model's context of {model.config.max_position_embeddings:,} tokens is full: generation "
+              "stopped there", file=sys.stderr)

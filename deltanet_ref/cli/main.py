@@ -1,6 +1,7 @@
 """The command line: find the command, let its module parse and run, turn errors into one line and an exit status.
 
-0 done, 1 a check failed or training diverged, 2 bad usage or bad input, 130 interrupted.
+0 done, 1 a check failed or training diverged, 2 bad usage or bad input, 3 an internal error of the conformance kit,
+130 interrupted.
 """
 import argparse
 import importlib
@@ -8,7 +9,7 @@ import os
 import sys
 
 from deltanet_ref.cli.options import flag, with_flags
-from deltanet_ref.errors import InputError, shortened
+from deltanet_ref.errors import InputError, InternalError, shortened
 from deltanet_ref.train.loop import Diverged
 
 PROG = "deltanet-ref"
@@ -47,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         return run(sys.argv[1:] if argv is None else argv, options) or 0
     except InputError as error:
         return fail(2, with_flags(str(error), options))
+    except InternalError as error:
+        fail(3, error)
+        print(error.details, file=sys.stderr)
+        return 3
     except BrokenPipeError:     # the reader of our output has gone, as in `generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -93,7 +98,8 @@ def out_of_memory(error: MemoryError, options: dict) -> str:
     first = ["--checkpoint"] if options.get("checkpoint") is False else []
     smaller = [flag(name) for name in ("batch_size", "seq_len") if name in options]
     remedies = first + ([f"a smaller {' or '.join(smaller)}"] if smaller else []) or ["a smaller model or file"]
-    return f"out of memory ({error}): use {', or '.join(remedies)}"
+    detail = f" ({error})" if str(error) else ""
+    return f"out of memory{detail}: use {', or '.join(remedies)}"
 
 
 def fail(status: int, error: object) -> int:

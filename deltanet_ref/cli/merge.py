@@ -1,12 +1,12 @@
-"""deltanet-ref merge: a base model with adapters worked in."""
+"""deltanet-ref merge: a base model with adapters merged into its weights."""
 from deltanet_ref.cli.model import losses_by_type, split_scale
 from deltanet_ref.cli.options import add_output_arguments, add_type_argument, check_output
 
 EPILOG = """\
-OUTPUT is a GGUF file when its name ends in .gguf, and otherwise a new HF directory. Without --type every tensor keeps
-its type, and what no adapter changes is copied byte for byte. For a changed tensor that is quantised anew, "error" is
-what that adds and "change" what the adapters did, both against the tensor's size: where the error is the larger of the
-two, much of the adapter is lost, and a finer type or the adapter at run time serves better.
+OUTPUT is a GGUF file if its name ends in .gguf, otherwise a new HF directory. Without --type every tensor keeps its
+type, and tensors that no adapter changes are copied byte for byte. For each changed tensor that is re-encoded, "error"
+is the relative error of the encoding and "change" the relative change made by the adapters. If the error is larger,
+much of the adapter is lost: use a type with more bits, or attach the adapter at run time.
 
 example:
   deltanet-ref merge Qwen3.5-0.8B-F16.gguf --adapter scots.gguf -o scots-F16.gguf
@@ -20,7 +20,8 @@ def add_arguments(parser):
     parser.epilog = EPILOG
     parser.add_argument("base", metavar="BASE", help="a .gguf file, or a directory with config.json and safetensors")
     parser.add_argument("--adapter", action="append", required=True, metavar="FILE[=SCALE]",
-                        help="a GGUF adapter or PEFT directory, with SCALE (default 1); may be given several times")
+                        help="a GGUF adapter or a PEFT directory, multiplied by SCALE (default 1); may be given "
+                             "several times")
     add_output_arguments(parser, "OUTPUT", "a name ending in .gguf, or a new directory")
     add_type_argument(parser, CHOICES, f"{', '.join(CHOICES)}; HF directories only the first three (default: each "
                                        "tensor keeps its type)")

@@ -7,8 +7,15 @@ from deltanet_ref.cli.options import add_output_arguments, add_type_argument, ch
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import ensure_writable, read_text
 from deltanet_ref.formats.tokenizer import Tokenizer
-from deltanet_ref.train.pretrain import (TYPES, PretrainOptions, file_metadata, pretrain, starting_model,
-                                         stored_tensors, write_model)
+from deltanet_ref.train.pretrain import (
+    TYPES,
+    PretrainOptions,
+    file_metadata,
+    pretrain,
+    starting_model,
+    stored_tensors,
+    write_model,
+)
 from deltanet_ref.train.report import Console
 
 EPILOG = """\

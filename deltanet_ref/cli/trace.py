@@ -1,7 +1,7 @@
 """deltanet-ref trace: write every named tensor of a forward and backward pass to a file."""
 from deltanet_ref.cli.model import add_adapter_argument, add_model_arguments, load, print_notes
 from deltanet_ref.cli.options import add_output_arguments, check_output
-from deltanet_ref.errors import InputError, counted, shown
+from deltanet_ref.errors import LONGEST_VALUE, InputError, counted, shortened
 from deltanet_ref.formats.files import ensure_writable
 
 EPILOG = """\
@@ -57,10 +57,11 @@ def read_tokens(args, model):
         try:
             ids = [int(word) for word in args.tokens.split(",")]
         except ValueError:
-            raise InputError(f"--tokens {shown(args.tokens)}: write ids separated by commas: 17,401,3") from None
+            given = shortened(args.tokens, LONGEST_VALUE)
+            raise InputError(f"--tokens {given}: write ids separated by commas, such as 17,401,3") from None
     if not ids:
         raise InputError("the prompt is empty")
     context = model.config.max_position_embeddings
     if len(ids) > context:
-        print_notes([f"{counted(len(ids), 'token')} are more than the model's context of {context}"])
+        print_notes([f"{counted(len(ids), 'token')} are more than the model's context of {context:,}"])
     return ids

@@ -97,7 +97,7 @@ def utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as e:
         part = text[max(e.start - 20, 0):e.start + 20]
-        raise InputError(f"the text has a lone surrogate at character {e.start}, in {part!r}: remove it") from e
+        raise InputError(f"the text has a lone surrogate at character {e.start}, in {shown(part)}: remove it") from e
 
 
 def read_json(path: Path | str) -> dict:

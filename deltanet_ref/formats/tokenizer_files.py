@@ -5,8 +5,17 @@ from pathlib import Path
 from deltanet_ref.errors import InputError, shown
 from deltanet_ref.formats.files import read_json
 from deltanet_ref.formats.gguf import StringArray
-from deltanet_ref.formats.tokenizer import (CONTROL, NORMAL, PRE_TOKENIZERS, PREFIX, TEMPLATE_NAMES, UNUSED, Tokenizer,
-                                            special_tokens, tokenizer_metadata)
+from deltanet_ref.formats.tokenizer import (
+    CONTROL,
+    NORMAL,
+    PRE_TOKENIZERS,
+    PREFIX,
+    TEMPLATE_NAMES,
+    UNUSED,
+    Tokenizer,
+    special_tokens,
+    tokenizer_metadata,
+)
 
 
 def read_tokenizer_files(directory: Path | str, vocab_size: int) -> dict:

@@ -4,18 +4,29 @@ Factors carry GGUF's names and V-head order: what is trained is what llama.cpp l
 """
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from deltanet_ref import ops
 from deltanet_ref.errors import InputError, shown
 from deltanet_ref.formats.gguf import GGUFFile, read_gguf, write_gguf
 from deltanet_ref.formats.quants import dequantize, finite
 from deltanet_ref.formats.values import is_text
-from deltanet_ref.lora.bridge import (FACTOR_TYPES, StoredAdapter, common_alpha, drop_kind, encoded,
-                                      invocation_tokens, read_peft, reorder, split_dropped, write_peft)
+from deltanet_ref.lora.bridge import (
+    FACTOR_TYPES,
+    StoredAdapter,
+    common_alpha,
+    drop_kind,
+    encoded,
+    invocation_tokens,
+    read_peft,
+    reorder,
+    split_dropped,
+    write_peft,
+)
 from deltanet_ref.model.config import ARCHITECTURE, Config
 from deltanet_ref.model.load import listing
 from deltanet_ref.model.tensors import linear_tensors
@@ -27,7 +38,7 @@ _METADATA_KEYS = {"task_name": "adapter.lora.task_name", "prompt_prefix": "adapt
 
 @dataclass
 class Adapter:
-    """The factors of a LoRA adapter, for one shape of base model."""
+    """The factors of a LoRA adapter, for one shape of base model; their arrays live on the backend."""
 
     config: Config
     tensors: dict              # "<weight>.lora_a" (r, in), "<weight>.lora_b" (out, r); entries may be replaced
@@ -35,6 +46,7 @@ class Adapter:
     metadata: dict = field(default_factory=dict)      # task_name, prompt_prefix, invocation_tokens, as far as present
     notes: list = field(default_factory=list)         # what reading changed, one sentence each
     types: dict = field(default_factory=dict)         # factor -> stored type when read: "F32", "F16" or "BF16"
+    backend: object = ops                             # backends.interface.Backend
 
     @property
     def targets(self) -> list[str]:
@@ -72,10 +84,11 @@ class Adapter:
                    metadata=self.metadata, prefix=prefix)
 
     def _to_save(self, type):
-        check_factors("the adapter", self.tensors, self.config)
+        tensors = {name: self.backend.to_host(x) for name, x in self.tensors.items()}
+        check_factors("the adapter", tensors, self.config)
         if type.upper() not in (*FACTOR_TYPES, "KEPT"):
             raise InputError(f"LoRA factors cannot be stored as {shown(type)}: use f32, f16, bf16 or kept")
-        factors = {name: np.asarray(x) for name, x in _in_network_order(self.tensors, self.config).items()}
+        factors = _in_network_order(tensors, self.config)
         return factors, self.types if type == "kept" else dict.fromkeys(factors, type.upper())
 
 
@@ -95,7 +108,7 @@ def new_adapter(model, rank: int = 16, alpha: float = 32, targets: str | list | 
         out, width = spec.shape
         tensors[f"{spec.name}.lora_a"] = (rng.uniform(-1, 1, (rank, width)) / width ** 0.5).astype(model.dtype)
         tensors[f"{spec.name}.lora_b"] = np.zeros((out, rank), model.dtype)
-    return Adapter(model.config, tensors, float(alpha))
+    return _on_backend(Adapter(model.config, tensors, float(alpha)), model.backend)
 
 
 def load_adapter(path: Path | str, model) -> Adapter:
@@ -104,7 +117,13 @@ def load_adapter(path: Path | str, model) -> Adapter:
     Raises InputError: not a LoRA adapter, another architecture, or every factor missing, unexpected, misshapen or not
     finite.
     """
-    return open_adapter(path, model.config, model.dtype)
+    return _on_backend(open_adapter(path, model.config, model.dtype), model.backend)
+
+
+def _on_backend(adapter, backend):
+    """The adapter with its arrays moved from NumPy to the backend."""
+    tensors = {name: backend.xp.asarray(x) for name, x in adapter.tensors.items()}
+    return replace(adapter, tensors=tensors, backend=backend)
 
 
 def open_adapter(path: Path | str, config: Config, dtype=np.float64, drop: Sequence[str] = ()) -> Adapter:

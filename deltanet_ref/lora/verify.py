@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deltanet_ref.errors import InputError, shown
+from deltanet_ref.errors import InputError, counted, shown
 from deltanet_ref.lora import llama_cpp
 from deltanet_ref.lora.adapter import Adapter, FactorMatch, load_adapter, match_factors, read_adapter
 from deltanet_ref.lora.bridge import reorder
@@ -188,8 +188,8 @@ def _causes(names, config):
             prefixes[match["prefix"]] += 1
         elif match["module"] in modules:
             elsewhere.append(f"layers.{match['layer']}.{match['module']}")
-    causes = [f"wrong prefix: {shown(prefix)} instead of 'model.' or 'model.language_model.' in the names of {count} "
-              "entries: rename them" for prefix, count in prefixes.items()]
+    causes = [f"wrong prefix: {shown(prefix)} instead of 'model.' or 'model.language_model.' in "
+              f"{counted(count, 'name')}: rename them" for prefix, count in prefixes.items()]
     if elsewhere:
         causes.append(f"wrong base: this model has no {shown(elsewhere[0])}: the number or the kinds of layers differ")
     return causes

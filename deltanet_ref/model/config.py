@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import InputError, shown
 from deltanet_ref.formats.values import is_real, is_text, is_whole
 from deltanet_ref.model.layers import FEED_FORWARDS, MIXERS
 from deltanet_ref.model.layers.kind import Fields, shortest, size
@@ -32,7 +32,7 @@ class GGUFKeys:
         if value is None:
             self.problems.append(f"{self.full(key)} is missing")
         elif not (is_whole(value) if kind is np.uint32 else is_real(value)):
-            self.problems.append(f"{self.full(key)} is {value!r}, not a number")
+            self.problems.append(f"{self.full(key)} is {shown(value)}, not a number")
         else:
             return int(value) if kind is np.uint32 else float(value)
         return 1
@@ -63,7 +63,8 @@ class Config(*PARTS):
 
     def __post_init__(self):
         problems = [
-            f"{f.name} is {getattr(self, f.name)!r}, it must be a positive {'integer' if f.type is int else 'number'}"
+            f"{f.name} is {shown(getattr(self, f.name))}, it must be a positive "
+            f"{'integer' if f.type is int else 'number'}"
             for f in fields(self) if f.type in (int, float) and not _positive(getattr(self, f.name), f.type)]
         _raise(problems)
         for part in PARTS:
@@ -90,12 +91,12 @@ class Config(*PARTS):
         """
         shapes = shapes or {}
         if not is_text(metadata.get("general.type", "model"), "model"):
-            raise InputError(f"general.type of this GGUF is {metadata['general.type']!r}, not 'model': pass the base "
-                             "model's file")
+            raise InputError(f"general.type of this GGUF is {shown(metadata['general.type'])}, not 'model': pass the "
+                             "base model's file")
         architecture = metadata.get("general.architecture")
         if not is_text(architecture, ARCHITECTURE):
-            raise InputError(f"the architecture is {architecture!r}: only dense Qwen3.5 models ({ARCHITECTURE!r}) are "
-                             "supported")
+            raise InputError(f"the architecture is {shown(architecture)}: only dense Qwen3.5 models ({ARCHITECTURE!r}) "
+                             "are supported")
         keys = GGUFKeys(metadata, ARCHITECTURE)
         blocks, mtp_blocks = keys.number("block_count"), keys.number("nextn_predict_layers", default=0)
         layers = blocks - mtp_blocks
@@ -128,15 +129,15 @@ class Config(*PARTS):
         model_type = config.get("model_type")
         text = config.get("text_config") if model_type == HF_MULTIMODAL else config
         if model_type not in (HF_MULTIMODAL, HF_TEXT) or not isinstance(text, dict):
-            raise InputError(f"config.json has model_type {model_type!r}: only dense Qwen3.5 models ({HF_TEXT}, or "
-                             f"{HF_MULTIMODAL} with a text_config) are supported")
+            raise InputError(f"config.json has model_type {shown(model_type)}: only dense Qwen3.5 models ({HF_TEXT}, "
+                             f"or {HF_MULTIMODAL} with a text_config) are supported")
         problems = ["mixture-of-experts models are not supported"] if text.get("num_experts") else []
         values = {"vocab_size": text.get("vocab_size", 248320)}
         for part in PARTS:
             values |= part.from_hf(text, problems)
         layers = values["num_hidden_layers"] = text.get("num_hidden_layers", 32)
         if not is_whole(layers) or not 0 < layers <= MAX_LAYERS:
-            problems.append(f"num_hidden_layers is {layers!r}")
+            problems.append(f"num_hidden_layers is {shown(layers)}")
             _raise(problems)
         layer_types = text.get("layer_types")
         if layer_types is None:
@@ -144,7 +145,7 @@ class Config(*PARTS):
         mlp_layer_types = text.get("mlp_layer_types") or ()
         for key, value in (("layer_types", layer_types), ("mlp_layer_types", mlp_layer_types)):
             if not isinstance(value, (list, tuple)):
-                problems.append(f"{key} is {value!r}, not a list")
+                problems.append(f"{key} is {shown(value)}, not a list")
         _raise(problems)
         tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
         return cls(**values, layer_types=tuple(layer_types), mlp_layer_types=tuple(mlp_layer_types),
@@ -186,7 +187,7 @@ class Config(*PARTS):
 def _every(interval, layers):
     """Layer types where every interval-th layer is attention and the others are delta layers."""
     if not _positive(interval, int):
-        raise InputError(f"full_attention_interval is {interval!r}, it must be a positive integer")
+        raise InputError(f"full_attention_interval is {shown(interval)}, it must be a positive integer")
     return tuple("full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers))
 
 

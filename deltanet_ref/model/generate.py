@@ -45,7 +45,7 @@ def generate(model, prompt: str | Sequence[int], max_tokens: int = 128, temperat
     context = model.config.max_position_embeddings
     if len(ids) >= context:
         raise InputError(f"the prompt has {counted(len(ids), 'token')} and leaves no room in the model's context of "
-                         f"{context}: shorten it")
+                         f"{context:,}: shorten it")
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, rng=np.random.default_rng(seed))
     tokens = _tokens(model, ids, *invocation(model, ids), on_prefill, choose)
     return Continuation(tokens, len(ids), max_tokens, context - len(ids), model.tokenizer, return_ids)
@@ -122,7 +122,7 @@ def _inactive(model, name):
 
 
 def _tokens(model, ids, activated, start, on_prefill, choose):
-    """Endless tokens after ids. activated: name of an activated LoRA, active from ids[start]; choose: logits -> token."""
+    """Endless tokens after ids. activated: name of an activated LoRA, active from ids[start]; choose: logits -> id."""
     state, inactive = None, activated if start == len(ids) else None
     ends = sorted({*range(PREFILL_TOKENS, len(ids), PREFILL_TOKENS), start, len(ids)} - {0})
     for begin, end in zip([0, *ends], ends):
@@ -131,7 +131,7 @@ def _tokens(model, ids, activated, start, on_prefill, choose):
         if on_prefill:
             on_prefill(end, len(ids))
     while True:
-        token = choose(logits)
+        token = choose(model.backend.to_host(logits))
         yield token
         with _inactive(model, inactive):
             logits, state = model.step(token, state)
@@ -153,7 +153,6 @@ def sample(logits: np.ndarray, temperature: float, top_k: int, top_p: float, rng
     """One token from logits (V,): temperature, then top-k, then top-p."""
     if temperature == 0:
         return int(np.argmax(logits))
-    logits = np.asarray(logits)
     order = _most_likely(logits, top_k or len(logits))
     scaled = logits[order].astype(np.float64) / temperature
     p = np.exp(scaled - scaled[0])

@@ -117,7 +117,7 @@ def _check_shapes(q, k, v, cu_seqlens):
     if H % H_kv:
         raise InputError(f"{H} query heads cannot share {H_kv} key heads: H must be a multiple of H_kv")
     if cu_seqlens is not None and M != L:
-        raise InputError(f"packed sequences cannot have a past: k has {M} tokens and q {L}; pass one sequence at a time")
+        raise InputError(f"packed sequences cannot have a past: k has {M} tokens and q {L}; pass one at a time")
 
 
 def _blocks(q, k, cu_seqlens):

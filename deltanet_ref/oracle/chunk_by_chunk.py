@@ -88,7 +88,7 @@ CHUNKED = DeltaForm(
         V_new=lambda dot, U, W, S: U - dot(W, S),
         QK=lambda dot, Q, K: dot(Q, t(K)),
         P=lambda QK, Gamma: QK * Gamma,
-        O=lambda dot, scale, decay, Q, S, P, V_new: scale * (dot(decay * Q, S) + dot(P, V_new)),
+        Out=lambda dot, scale, decay, Q, S, P, V_new: scale * (dot(decay * Q, S) + dot(P, V_new)),
         S_next=lambda dot, whole, S, tail, K, V_new: whole * S + dot(t(tail * K), V_new),
     ),
     backward=steps(
@@ -96,7 +96,7 @@ CHUNKED = DeltaForm(
         gc_end_back=lambda gc_end: gc_end,
         tail_back=lambda gc, gc_end_back: np.exp(gc_end_back - gc)[..., None],
         whole_back=lambda gc_end_back: np.exp(gc_end_back)[..., None],
-        # S_next = whole S + (tail K)^T V_new;  O = scale [decay Q S + P V_new]
+        # S_next = whole S + (tail K)^T V_new;  Out = scale [decay Q S + P V_new]
         dV_new_P=lambda dot_back, P, dO: dot_back(t(P), dO),
         dV_new_S=lambda dot_back, tail_back, K, dS_next: dot_back(tail_back * K, dS_next),
         dV_new=lambda dV_new_P, dV_new_S: dV_new_P + dV_new_S,

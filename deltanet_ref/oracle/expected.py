@@ -32,15 +32,6 @@ class Expected(NamedTuple):
                         f"{name}.floor": np.array(floor, np.float32)}
         return tensors
 
-    def tensors(self):
-        """The arrays of a vector file: each value, NAME.scale and NAME.floor (float32, bfloat16 or 0)."""
-        tensors = {}
-        for name, value in self.values.items():
-            floor = [self.floors[name]["float32"], self.floors[name].get("bfloat16", 0.0)]
-            tensors |= {name: value, f"{name}.scale": self.scales[name].astype(np.float32),
-                        f"{name}.floor": np.array(floor, np.float32)}
-        return tensors
-
 
 def compute(case: Case, x: dict | None = None) -> Expected:
     """Compute the expected values of a case; x: other inputs for it, of the form that make_inputs returns."""

@@ -2,7 +2,8 @@
 
 Axes, one letter each: s sequence, t token, h head, f feature (any other axis).
 """
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 

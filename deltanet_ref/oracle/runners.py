@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltanet_ref.errors import InputError, shown
+from deltanet_ref.errors import InputError, InternalError, shown
 from deltanet_ref.oracle.cases import Case
 from deltanet_ref.oracle.exchange import FORMATS, read_answers, write_case
 from deltanet_ref.oracle.layouts import Layout, backward_call, call_with, forward_call, returned
@@ -43,6 +43,9 @@ class Answer(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------- kinds of arrays
+#
+# array(x, dtype) converts from NumPy, numpy(x) back; device(x) describes where x lives; gradients(...) uses the
+# framework's autodiff: see TorchArrays.
 
 class NumpyArrays:
     """NumPy: float32 or float64; bfloat16 values are passed in float32 arrays."""
@@ -83,7 +86,7 @@ class CupyArrays(NumpyArrays):
 
 
 class TorchArrays:
-    """PyTorch tensors, including bfloat16, on --device."""
+    """PyTorch tensors, including bfloat16, on the given device (default cpu)."""
 
     def __init__(self, device):
         import torch
@@ -103,7 +106,10 @@ class TorchArrays:
         return f"torch {self.torch.__version__} on {getattr(x, 'device', 'cpu')}"
 
     def gradients(self, function, inputs, names, incoming):
-        """Gradients of sum(output * incoming gradient) with respect to the named inputs; zeros for an unused input."""
+        """Gradients of sum(output * incoming gradient) with respect to the named inputs; zeros for an unused input.
+
+        function  inputs -> {output name: array}; incoming  {output name: incoming gradient}
+        """
         inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in names}
         with self.torch.enable_grad():
             outputs = function(inputs)
@@ -116,7 +122,7 @@ class TorchArrays:
 
 
 class JaxArrays:
-    """JAX arrays on --device (cpu, gpu, tpu); float64 sets jax_enable_x64."""
+    """JAX arrays on the given device (cpu, gpu, tpu); float64 sets jax_enable_x64."""
 
     def __init__(self, device):
         import jax
@@ -249,7 +255,7 @@ def load_callable(spec: str) -> Callable:
     except BaseException as error:                                         # including the module's SystemExit
         raise InputError(f"{spec} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(target):
-        raise InputError(f"{spec} is a {type(target).__name__}, not a function")
+        raise InputError(f"{spec} has type {type(target).__name__} and is not a function")
     return target
 
 
@@ -305,7 +311,7 @@ class Worker:
         if self.process is None:
             self._start()
         reply = self._ask((case, inputs, layout), self.timeout)
-        if isinstance(reply, InputError):
+        if isinstance(reply, (InputError, InternalError)):
             raise reply
         if isinstance(reply, Answer):
             return reply
@@ -369,7 +375,8 @@ class Program:
         except ValueError as error:
             raise InputError(f"the command {shown(command)} cannot be parsed: {error}") from error
         if not any("{in}" in word for word in self.words) or not any("{out}" in word for word in self.words):
-            raise InputError(f"the command {shown(command)} must contain {{in}} and {{out}}, the files to read and write")
+            raise InputError(f"the command {shown(command)} must contain {{in}} and {{out}}, the files to read and "
+                             "to write")
         self.format, self.timeout, self.dtype = format, timeout, dtype
         self.directory = tempfile.TemporaryDirectory(prefix="deltanet-ref-")
         self.provenance = _program_facts(self.words)

@@ -55,5 +55,5 @@ class Form(NamedTuple):
         return evaluate(self.backward, values, changes) if gradients else values
 
     def names(self) -> set[str]:
-        """What can be changed besides the inputs."""
-        return self.forward.keys() | self.backward.keys()
+        """What can be changed besides a case's inputs."""
+        return {*self.defaults, *self.forward, *self.backward}

@@ -32,7 +32,7 @@ EXPLAINED = 0.05              # an error is explained if at most this part of it
 LARGEST = 2.0 ** 30           # noise floors up to which errors are compared
 AS_LARGE = 2.0                # bits by which the errors of one mistake vary between implementations
 NEARLY = 0.85                 # share of the cases with a property that must fail for it to be the reason
-ROUNDING, ROUNDINGS = 2.0 ** -6, (18, 19, 34)     # largest relative error of rounding to bfloat16; the mistakes that round
+ROUNDING, ROUNDINGS = 2.0 ** -6, (18, 19, 34)     # largest relative error of rounding to bfloat16; mistakes that round
 DECAYS = (5, 6)               # of strong decay: errors of any size
 PLACE = 0.45                  # score of an exact match of place, below any match of numbers
 
@@ -49,7 +49,8 @@ PROPERTIES = (
     ((15,), "only cases of several rows fail", lambda case, x: case.sizes["B"] > 1),
     ((2,), "only cases of several key heads fail", lambda case, x: case.sizes["H_k"] > 1),
     ((8,), "only keys that are not unit vectors fail", lambda case, x: abs(np.square(x["k"]).sum(-1) - 1).max() > 0.1),
-    ((7,), "only scales other than d_k ** -0.5 fail", lambda case, x: abs(x["scale"] ** 2 * case.sizes["d_k"] - 1) > 1e-6),
+    ((7,), "only scales other than d_k ** -0.5 fail",
+     lambda case, x: abs(x["scale"] ** 2 * case.sizes["d_k"] - 1) > 1e-6),
 )
 
 
@@ -88,11 +89,11 @@ class _Failure:
         """[(score, bug, title)] of the likely ones."""
         # of mistakes that fit equally well, those of the recurrence come before those of a chunked form
         table = sorted(mistakes_of(self.op)[self.backward], key=lambda mistake: mistake.a.form != "rule")
-        telling = _telling(self.failing, FAILING)
-        cases = telling + _telling(self.passing, PASSING)
+        failing = _varied(self.failing, FAILING)
+        cases = failing + _varied(self.passing, PASSING)
 
         def rated(by, agreement, *first, chunks=CHUNKS, likely=LIKELY):
-            """The mistakes whose mutants agree on all cases; those that fail on the first cases are not run on the rest."""
+            """Mistakes whose mutants agree on all cases; one that disagrees on the first is not run on the rest."""
             for mistake in table:
                 mutants = [mutant for name in realisations for mutant in _of_every_chunk(getattr(mistake, name), chunks)
                            if mistake.by == by and all(agreement(mutant, part) > likely / 2 for part in first)]
@@ -100,7 +101,7 @@ class _Failure:
                 if score >= likely:
                     yield score, mistake.bug, mistake.title
 
-        first, rounding = (telling[:1], telling[:FIRST]), self.rounding()
+        first, rounding = (failing[:1], failing[:FIRST]), self.rounding()
         return (list(rated("value", self.same_numbers, *first))
                 or not rounding and list(rated("value", self.same_numbers, *first, chunks=UNUSUAL_CHUNKS))
                 or self.backward and [(score, bug, f"{title}, but with the wrong sign or twice")
@@ -208,15 +209,16 @@ class _Failure:
             yield FLAGS[flag].bugs, f"only cases with {flag} fail", lambda case, x, flag=flag: flag in case.flags
         for C in CHUNKS:
             yield (13,), f"only chunks of {C} that are not full fail", lambda case, x, C=C: case.sizes.get("L", C) % C
-            yield (29, 4, 11), f"only cases of several chunks of {C} fail", lambda case, x, C=C: case.sizes.get("L", C) > C
+            yield ((29, 4, 11), f"only cases of several chunks of {C} fail",
+                   lambda case, x, C=C: case.sizes.get("L", C) > C)
 
 
 def _bad(result, names):
     return any(name in names and stage.status != "ok" for name, stage in result.stages.items())
 
 
-def _telling(results, n):
-    """Up to n cases with different flags, short to long; the hand-computable one comes last: it distinguishes little."""
+def _varied(results, n):
+    """Up to n cases with different flags, short to long; hand-computable ones last, since they distinguish little."""
     chosen, seen = [], set()
     for result in sorted((result for result in results if result.case.sizes.get("L", 1) <= LONGEST),
                          key=lambda result: ("hand-computable" in result.case.flags, result.case.sizes.get("L", 1))):

@@ -31,8 +31,8 @@ class Traced(NamedTuple):
     meaning: str
 
 
-# Stages outside the blocks; model/block.py and model/layers have those of the blocks. The gradient of mixer_out is d.mid
-# and that of ffn_out is d.out: a sum passes its gradient to both terms.
+# Stages outside the blocks; model/block.py and model/layers have those of the blocks. The gradient of mixer_out is
+# d.mid # and that of ffn_out is d.out: a sum passes its gradient to both terms.
 BEFORE = (Stage("embed", ("L", "D"), "rows of the embedding", ("token_embd.weight",)),)
 AFTER = (
     Stage("output_norm", ("L", "D"), "RMS norm of the last block's output", ("output_norm.weight",)),

@@ -1,4 +1,6 @@
-"""AdamW and gradient clipping by global norm, on dictionaries of NumPy arrays."""
+"""AdamW and gradient clipping by global norm, on dictionaries of a backend's arrays."""
+import math
+
 import numpy as np
 
 from deltanet_ref import ops
@@ -11,7 +13,7 @@ class AdamW:
     m and v have the dtype and shape of their array and start at zero.
 
     decays   (name, array) -> whether weight decay applies to it (default: to all)
-    backend  the module whose adamw_update runs
+    backend  where the arrays live, and whose adamw_update runs
     """
 
     def __init__(self, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decays=lambda name, array: True, backend=ops):
@@ -28,22 +30,19 @@ class AdamW:
         self.t += 1
         for name, p in parameters.items():
             if name not in self.m:
-                self.m[name], self.v[name] = np.zeros_like(p), np.zeros_like(p)
+                self.m[name], self.v[name] = (self.backend.xp.zeros_like(p) for _ in "mv")
             self.backend.adamw_update(p, gradients[name], self.m[name], self.v[name], t=self.t, lr=lr, betas=self.betas,
                                       eps=self.eps, weight_decay=self.weight_decay if self.decays(name, p) else 0.0)
 
 
-def clip_by_global_norm(gradients: dict, limit: float | None) -> float:
+def clip_by_global_norm(gradients: dict, limit: float | None, backend=ops) -> float:
     """Scale all gradients in place by min(1, limit / (|g| + 1e-6)) and return |g|, their global 2-norm before scaling.
 
     limit=None only computes the norm. The 1e-6 is that of torch.nn.utils.clip_grad_norm_.
     """
-    norm = float(np.sqrt(sum(np.vdot(g, g).real for g in map(_double, gradients.values()))))
+    wide = (backend.xp.asarray(g, np.float64) for g in gradients.values())
+    norm = math.sqrt(sum(float(backend.xp.vdot(g, g)) for g in wide))
     if limit is not None and norm + 1e-6 > limit:
         for g in gradients.values():
             g *= limit / (norm + 1e-6)
     return norm
-
-
-def _double(g):
-    return np.asarray(g, np.float64)

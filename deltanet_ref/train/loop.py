@@ -86,7 +86,7 @@ def fit(parameters: dict, loss_and_grads, batches, *, steps: int, optimizer, sch
             start = time.perf_counter()
             micro = list(itertools.islice(batches, accumulation))
             loss, gradients = _mean_loss_and_grads(loss_and_grads, micro, iteration)
-            norm = clip_by_global_norm(gradients, clip)
+            norm = clip_by_global_norm(gradients, clip, optimizer.backend)
             if not math.isfinite(norm):
                 raise Diverged(f"the gradient is not finite at iteration {iteration} (loss {loss:.4g}): "
                                "lower the learning rate")

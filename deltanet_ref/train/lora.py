@@ -15,7 +15,6 @@ from deltanet_ref.train.memory import peak_memory, start_phase
 from deltanet_ref.train.report import Silent, TrainReport, format_trainable
 from deltanet_ref.train.schedule import SHAPES, schedule
 
-
 DEFAULT_SEQ_LEN = 2048
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deltanet_ref.backends.interface import Backend
 from deltanet_ref.backends import get_backend, threads
+from deltanet_ref.backends.interface import Backend
 from deltanet_ref.errors import InputError, counted
 from deltanet_ref.formats.files import read_json
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
@@ -210,6 +210,9 @@ def pretrain(model: Qwen35, text: str, options: PretrainOptions, *, valid: str =
         if isinstance(record, EvalRecord):
             console.line(f"Iter {record.iteration}: {record.loss * bits_per_nat:.4f} bits per byte of validation text")
 
+    def batches():
+        return stream_batches(documents, options.batch_size, options.seq_len, options.seed)
+
     def save_current():
         parallel.update_decay()
         save()
@@ -217,12 +220,11 @@ def pretrain(model: Qwen35, text: str, options: PretrainOptions, *, valid: str =
     keep_freed_memory()
     with threads(model.backend, 1):                 # of the operators: the sequences are distributed instead
         parallel = ParallelModel(model, options.threads, options.dropout, options.seed)
-        batches, timed = (stream_batches(documents, options.batch_size, options.seq_len, options.seed) for _ in "ab")
-        steps = options.steps or steps_in(60 * options.minutes, parallel, islice(timed, TIMED_BATCHES))
+        steps = options.steps or steps_in(60 * options.minutes, parallel, islice(batches(), TIMED_BATCHES))
         decayed = matrices(model.config)
         with console.running(steps):
             history = fit(
-                parallel.parameters, parallel.loss_and_grads, batches, steps=steps,
+                parallel.parameters, parallel.loss_and_grads, batches(), steps=steps,
                 optimizer=AdamW(betas=ADAM_BETAS, weight_decay=options.weight_decay,
                                 decays=lambda name, w: name in decayed, backend=model.backend),
                 schedule=schedule("cosine", options.lr, steps, min(options.warmup, steps), FINAL_RATE),
@@ -235,7 +237,7 @@ def pretrain(model: Qwen35, text: str, options: PretrainOptions, *, valid: str =
 
 
 def steps_in(seconds: float, parallel: ParallelModel, batches) -> int:
-    """How many steps fit in so many seconds, judged by the fastest of these batches; at least one."""
+    """The number of steps that fit in this time, estimated from the fastest of these batches; at least one."""
     times = []
     for batch in batches:
         start = time.perf_counter()

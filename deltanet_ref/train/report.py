@@ -121,7 +121,7 @@ class Console(Silent):
 
     @contextmanager
     def running(self, steps):
-        """Shows the progress bar for so many steps while the block runs."""
+        """Show a progress bar for this many steps while the block runs."""
         if not sys.stdout.isatty():
             yield
             return

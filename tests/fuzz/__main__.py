@@ -1,9 +1,9 @@
 """python -m tests.fuzz: coverage-guided fuzzing of the readers with atheris (libFuzzer).
 
-libFuzzer keeps every input that reaches code which none did before. Of the files that it tries a third are kept ones
-with its own mutations, a third kept ones with those of mutate.py, and a third good files with those of mutate.py:
-damage that is not hidden by other damage. An input that takes more than SECONDS or MEGABYTES is a bug too. What it
-finds is left in a file crash-*, timeout-* or oom-*, which becomes a test.
+libFuzzer keeps every input that reaches new code. A third of the files that it tries are kept inputs with its own
+mutations, a third kept inputs with those of mutate.py, and a third good files with those of mutate.py, so that damage
+is not hidden by other damage. An input that takes more than SECONDS or MEGABYTES is a bug too. Findings are written to
+files named crash-*, timeout-* or oom-*, which become tests.
 """
 import argparse
 import re
@@ -24,10 +24,11 @@ CORPUS = Path(__file__).parent / "corpus"
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=10_000, metavar="N", help="files of each kind (default 10000)")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the mutations (default 1)")
-    parser.add_argument("--target", action="append", metavar="NAME", help="only this kind of file (default: all)")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the inputs that reached new code, in DIR/NAME")
+    parser.add_argument("--runs", type=int, default=10_000, metavar="N",
+                        help="files to try of each kind (default 10000)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="random seed of the mutations (default 1)")
+    parser.add_argument("--target", action="append", metavar="NAME", help="fuzz only this kind of file (default: all)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the inputs that reached new code in DIR/NAME")
     parser.add_argument("--one", help=argparse.SUPPRESS)        # in the process of one target: where it may write
     args = parser.parse_args()
     names = args.target or sorted(path.name for path in CORPUS.iterdir())
@@ -58,7 +59,7 @@ def main():
 
 
 def fuzz(target, runs, seed, keep, directory):
-    """Does not return: libFuzzer ends the process, with status 0 after so many runs."""
+    """Does not return: libFuzzer ends the process, with status 0 after the last run."""
     import atheris
 
     with atheris.instrument_imports(include=["deltanet_ref"]):

@@ -1,4 +1,4 @@
-"""Damage of the kinds that foreign files have: mutate(raw, rng) -> bytes, the same for the same state of rng."""
+"""Typical damage of files: mutate(raw, rng) -> bytes, determined by the state of rng."""
 import json
 
 NUMBERS = (0, 1, 2, 7, 8, 9, 2 ** 7 - 1, 2 ** 8 - 1, 2 ** 15, 2 ** 16 - 1, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1, 2 ** 62,
@@ -8,7 +8,7 @@ VALUES = (None, True, False, 0, 1, -1, 2, 65, 2 ** 31, 2 ** 63, 10 ** 400, 1e308
 
 
 def mutate(raw, rng, most=1 << 16):
-    """One to three changes; a JSON text is changed as values two times of three, and as bytes otherwise."""
+    """One to three changes; of a JSON text two thirds change values, the others bytes."""
     for _ in range(int(rng.integers(1, 4))):
         changes = JSON_CHANGES if raw[:1] == b"{" and rng.random() < 2 / 3 else BYTE_CHANGES
         raw = changes[rng.integers(len(changes))](raw, rng)
@@ -18,7 +18,7 @@ def mutate(raw, rng, most=1 << 16):
 # ---- bytes
 
 def place(raw, rng):
-    """Uniform, or near the start, where headers are."""
+    """A position, uniform or near the start, where headers are."""
     return int(rng.integers(len(raw) + 1) * (rng.random() ** 3 if rng.random() < 0.5 else 1))
 
 
@@ -30,7 +30,7 @@ def flip(raw, rng):
 
 
 def number(raw, rng):
-    """A lying count, length, offset, dimension or type."""
+    """A wrong count, length, offset, dimension or type."""
     size, at = int(rng.choice([1, 4, 8])), place(raw, rng)
     value = NUMBERS[rng.integers(len(NUMBERS))] % 256 ** size
     return raw[:at] + value.to_bytes(size, "little") + raw[at + size:]
@@ -41,7 +41,7 @@ def truncate(raw, rng):
 
 
 def repeat(raw, rng):
-    """A piece once more: a name twice."""
+    """Duplicate a piece: for example, a name twice."""
     at, size = place(raw, rng), int(rng.integers(1, 80))
     return raw[:at + size] + raw[at:at + size] + raw[at + size:]
 
@@ -52,7 +52,7 @@ def remove(raw, rng):
 
 
 def swap(raw, rng):
-    """One piece in the place of another of the same length."""
+    """Overwrite one piece with another of the same length."""
     a, b, size = place(raw, rng), place(raw, rng), int(rng.integers(1, 40))
     piece = raw[b:b + size]
     return raw[:a] + piece + raw[a + len(piece):]
@@ -67,7 +67,7 @@ def parsed(change):
     def changed(raw, rng):
         try:
             return json.dumps(change(json.loads(raw), rng)).encode()
-        except (ValueError, RecursionError):        # JSON no more, or nested too deep
+        except (ValueError, RecursionError):        # no longer JSON, or nested too deeply
             return flip(raw, rng)
     return changed
 
@@ -93,7 +93,7 @@ def replace(value, rng):
 @parsed
 def exchange(value, rng):
     (a, i), (b, j) = some_node(value, rng), some_node(value, rng)
-    a[i] = b[j] if not nodes(b[j]) else 7           # a value, not a container that might hold the other
+    a[i] = b[j] if not nodes(b[j]) else 7           # a value, not a container that might contain the other
     return value
 
 

@@ -1,7 +1,7 @@
-"""What is fuzzed: every reader of a foreign file, with small good files to begin from.
+"""What is fuzzed: every reader of a file from outside, with small good files as seeds.
 
-A Target takes one file's bytes through all that the package does with such a file; the other files of a directory are
-good ones. A reader returns or raises InputError: anything else, a RuntimeWarning included, is a bug.
+A Target passes the bytes of one file to everything in the package that reads such a file; the other files of its
+directory are good. A reader returns or raises InputError: anything else, a RuntimeWarning included, is a bug.
 """
 import json
 import shutil
@@ -32,6 +32,7 @@ from deltanet_ref.model.load import weights_from_gguf, weights_from_hf
 from deltanet_ref.model.qwen35 import Qwen35
 from deltanet_ref.model.tensors import expected_tensors, hf_shape, linear_tensors
 from deltanet_ref.model.weights import Weights
+from deltanet_ref.train.data import encode_dataset, read_dataset
 
 CONFIG = Config(
     vocab_size=12, hidden_size=4, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,
@@ -58,7 +59,7 @@ class Target(NamedTuple):
 
 
 def read(target, directory, raw):
-    """Takes raw through every reader of a target -> whether one of them accepted it. Raises what is no InputError."""
+    """Pass raw to every reader of a target -> whether one of them accepted it. Raises anything but InputError."""
     accepted = False
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -102,7 +103,7 @@ def make_good_files(directory):
         (directory / "hf" / name).write_text(json.dumps(value))
 
 
-# ---- readers: each makes the whole way, so that what is wrong only in use is found too
+# ---- readers: each uses what it reads, so that faults which show only in use are found too
 
 def contents(path):
     file = read_gguf(path)
@@ -126,7 +127,7 @@ def converse(tokenizer):
 
 def model(path):
     load = weights_from_hf if path.is_dir() else lambda path, *how: weights_from_gguf(read_gguf(path), *how)
-    _, weights, _ = load(path, "float32")
+    _, weights, _ = load(path, "float32", ops)
     for name in weights:
         assert weights[name].shape == weights.shape(name)
 
@@ -140,7 +141,7 @@ def adapter(path):
 
 
 def convert_model(path):
-    """To both forms, in float16, in which foreign values may not fit."""
+    """To both forms, in float16, which may not hold the values."""
     for output in (path.parent / "converted.gguf", path.parent / "converted"):
         write_base(open_base(path), output, "f16")
         output.unlink() if output.is_file() else shutil.rmtree(output)
@@ -157,6 +158,23 @@ def verify_adapter(path):
 
 def information(path):
     json.dumps(describe(path))
+
+
+# a template of the letters in the vocabulary
+ROWS_TEMPLATE = ("{% for m in messages %}{{ 'a' if m.role == 'assistant' else 'b' }}:{{ m.content }}{{ eos_token }}"
+                 "{% endfor %}")
+ROWS = ({"text": "ab ba"}, {"prompt": "ab", "completion": " ab"}, {"instruction": "ba", "input": "a", "output": "b"},
+        {"messages": TURNS, "tools": [{"name": "a"}]},
+        {"messages": [{"role": "system", "content": "a"}, TURNS[0],
+                      TURNS[1] | {"reasoning_content": "a", "tool_calls": []}]},
+        {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "b"}]})
+
+
+def rows(path):
+    tokenizer = load_tokenizer(path.parent / "hf")
+    tokenizer.chat_template = ROWS_TEMPLATE
+    for mask_prompt in (True, False):
+        encode_dataset(read_dataset(path)["train"], tokenizer, mask_prompt=mask_prompt, seq_len=64, truncate=True)
 
 
 def arrays(path):
@@ -179,7 +197,8 @@ def safetensors_readers(directory, raw):
     for path in weights:
         path.write_bytes(raw)
     return [partial(arrays, weights[0]), partial(model, weights[0].parent), partial(convert_model, weights[0].parent),
-            partial(adapter, weights[1].parent), partial(verify_adapter, weights[1].parent)]
+            partial(adapter, weights[1].parent), partial(verify_adapter, weights[1].parent),
+            partial(information, weights[1].parent)]
 
 
 def directory_readers(name, readers, directory, raw):
@@ -212,10 +231,12 @@ TARGETS = {
     "safetensors": Target(files("hf/model.safetensors", f"peft/{PEFT_WEIGHTS}"), safetensors_readers),
     "index": Target(index_seed, partial(directory_readers, "hf/model.safetensors.index.json", [model])),
     "config": in_directory("hf/config.json", model, convert_model, information),
-    "adapter_config": in_directory(f"peft/{PEFT_CONFIG}", adapter, verify_adapter),
+    "adapter_config": in_directory(f"peft/{PEFT_CONFIG}", adapter, verify_adapter, information),
     "tokenizer": in_directory("hf/tokenizer.json", tokenize, convert_model),
     "tokenizer_config": in_directory("hf/tokenizer_config.json", tokenize, convert_model),
     "template": Target(lambda good: [TEMPLATE.encode(), b"{% macro f(x) %}{{ x }}{% endmacro %}{{ f(tools) }}"],
                        template_readers),
+    "rows": Target(lambda good: [json.dumps(row).encode() for row in ROWS],
+                   partial(directory_readers, "rows.jsonl", [lambda directory: rows(directory / "rows.jsonl")])),
 }
 

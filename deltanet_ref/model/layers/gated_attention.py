@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deltanet_ref.errors import shown
 from deltanet_ref.formats.values import is_text, is_whole
 from deltanet_ref.model.layers.kind import Fields, Kind, Stage, TensorRow, shortest, size
 
@@ -74,17 +75,17 @@ class AttentionFields(Fields):
     def from_hf(cls, text, problems):
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if not isinstance(rope, dict):
-            problems.append(f"rope_parameters is {rope!r}, not an object")
+            problems.append(f"rope_parameters is {shown(rope)}, not an object")
             rope = {}
         rope = {key: rope.get(key, text.get(key, default)) for key, default in ROPE_DEFAULTS.items()}
-        problems += [f"{key} {text[key]!r} is not supported, only {value!r}" for key, value in FIXED.items()
+        problems += [f"{key} {shown(text[key])} is not supported, only {value!r}" for key, value in FIXED.items()
                      if text.get(key, value) != value]
         if rope.pop("rope_type") != "default":
             problems.append("scaled rotary positions (rope_type other than 'default') are not supported")
         if isinstance(rope["mrope_section"], (list, tuple)):
             rope["mrope_section"] = tuple(rope["mrope_section"])
         else:
-            problems.append(f"mrope_section is {rope['mrope_section']!r}, not a list")
+            problems.append(f"mrope_section is {shown(rope['mrope_section'])}, not a list")
         return super().from_hf(text, problems) | rope
 
     def to_gguf(self):

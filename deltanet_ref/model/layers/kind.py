@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 # ---- fields of the configuration
 
 def size(gguf: str, default: int | float | None = None, kind: type = np.uint32):

@@ -2,6 +2,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from deltanet_ref.errors import shown
 from deltanet_ref.model.layers.kind import Fields, Kind, Stage, TensorRow, size
 
 UP_GATE = ("ffn_up.weight", "ffn_gate.weight")
@@ -28,7 +29,7 @@ class SwigluFields(Fields):
     @classmethod
     def from_hf(cls, text, problems):
         if text.get("hidden_act", "silu") != "silu":
-            problems.append(f"hidden_act {text['hidden_act']!r} is not supported, only 'silu'")
+            problems.append(f"hidden_act {shown(text['hidden_act'])} is not supported, only 'silu'")
         return super().from_hf(text, problems)
 
     def to_hf(self):

@@ -1,10 +1,10 @@
-/* The gated delta rule in C, forward and backward, put to the conformance kit:
+/* The gated delta rule in C, forward and backward, tested with the conformance kit:
 
        cc -O2 -o delta_rule delta_rule.c -lm
        deltanet-ref check --exec "./delta_rule {in} {out}"
 
    It reads a case (a safetensors file: q k v g beta S0 do dS_end in float32, scale in float64), loops over the tokens
-   and writes o, S_end and the six gradients. Replace `forward` and `backward` by calls of your kernel. */
+   and writes o, S_end and the six gradients. Replace `forward` and `backward` with calls to your kernel. */
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -31,7 +31,7 @@ static Tensor make(const char *name, int axes, const long *size) {
 
 static long count(const Tensor *t) { return t->size[0] * t->size[1] * t->size[2] * t->size[3]; }
 
-/* ---- safetensors: a length (u64), that much JSON {"name":{"dtype":..,"shape":[..],"data_offsets":[a,b]},..}, data */
+/* ---- safetensors: length (u64), then JSON {"name":{"dtype":..,"shape":[..],"data_offsets":[a,b]},..}, then data */
 
 static char *read_file(const char *path) {
     FILE *f = fopen(path, "rb");
@@ -61,7 +61,7 @@ static Tensor get(const char *file, const char *name) {
     const char *data = file + 8 + length + strtol(offsets, NULL, 10);
     if (strstr(entry, "\"F64\"") && strstr(entry, "\"F64\"") < strchr(entry, '}')) {
         double x;
-        memcpy(&x, data, 8);                                   /* scale, the only float64 */
+        memcpy(&x, data, 8);                                   /* only scale is float64 */
         t.at[0] = (float)x;
     } else {
         memcpy(t.at, data, count(&t) * sizeof(float));
@@ -112,7 +112,7 @@ static void forward(Sizes s, const float *q, const float *k, const float *v, con
     }
 }
 
-/* states: S after the decay, before the write. dS arrives as dS_end and leaves as dS0; dq and dk are added to. */
+/* states: S after the decay, before the write. dS is dS_end on entry and dS0 on return; dq and dk are accumulated. */
 static void backward(Sizes s, const float *q, const float *k, const float *g, const float *beta, const float *states,
                      const float *errors, const float *d_o, float *dS, float *dq, float *dk, float *dv, float *dg,
                      float *dbeta) {

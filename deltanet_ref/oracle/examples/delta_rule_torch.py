@@ -1,8 +1,8 @@
-"""The gated delta rule in PyTorch, called as FLA calls its kernels, put to the conformance kit:
+"""The gated delta rule in PyTorch, with the signature of FLA's kernels, tested with the conformance kit:
 
     deltanet-ref check delta_rule_torch.py:delta_rule --layout fla --backward autograd
 
-Replace the body by your kernel; add --device cuda, --dtype bfloat16 and --packed as far as it goes.
+Replace the body with your kernel, and add --device cuda, --dtype bfloat16 and --packed where it supports them.
 """
 import torch
 

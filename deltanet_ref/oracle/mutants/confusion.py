@@ -1,4 +1,4 @@
-"""How well suspects.py distinguishes the mistakes: every mutant runs through the kit and is ranked by the other realisation.
+"""How well suspects.py distinguishes the mistakes: the kit judges every mutant, and ranks it by the other realisation.
 
 So no mutant is compared with itself. The cases have other seeds than the vectors, and the delta rule another layout.
 """

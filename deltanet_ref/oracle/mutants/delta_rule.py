@@ -1,16 +1,30 @@
 """THE table of mistakes in the gated delta rule: number in catalogue.py, title, and two ways to make it.
 
-`rule` changes the loop over tokens, `chunks` and `padded` the two chunked forms, `tokens` a chunked form in chunks of
-one token. The names of steps and their right equations are in forms.py, chunk_by_chunk.py and walk.py.
+`rule` changes the loop over tokens, `chunks` and `padded` the two chunked forms, `tokens` the first of them in chunks
+of one token. The steps and their correct equations are in forms.py, chunk_by_chunk.py and walk.py.
 """
 import numpy as np
 
 from deltanet_ref.oracle.cases import bfloat16
 from deltanet_ref.oracle.chunk_by_chunk import inverse, t
 from deltanet_ref.oracle.mutants.forms import log_decay_gradient
-from deltanet_ref.oracle.mutants.mutations import (Mistake, both_chunked, chunks, cut_to_bfloat16, each, float16,
-                                                   inverse_by_squaring, loop_and_chunks, padded, row_0_alone,
-                                                   row_0_for_all, rule, tf32, tokens, without)
+from deltanet_ref.oracle.mutants.mutations import (
+    Mistake,
+    both_chunked,
+    chunks,
+    cut_to_bfloat16,
+    each,
+    float16,
+    inverse_by_squaring,
+    loop_and_chunks,
+    padded,
+    row_0_alone,
+    row_0_for_all,
+    rule,
+    tf32,
+    tokens,
+    without,
+)
 from deltanet_ref.oracle.walk import product
 
 GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "dS0")
@@ -112,13 +126,15 @@ FORWARD = (
     Mistake(5, "log decays clamped at -10",
             rule(g=lambda g: np.maximum(g, -10)), chunks(g=lambda g: np.where(g < -10, g.dtype.type(-10), g))),
 
-    Mistake(7, "no scale", rule(scale=lambda: 1.0), chunks(O=lambda O, scale: O / scale)),
-    Mistake(7, "scale twice", rule(scale=lambda scale: scale ** 2), chunks(O=lambda O, scale: O * scale)),
+    Mistake(7, "no scale", rule(scale=lambda: 1.0), chunks(Out=lambda Out, scale: Out / scale)),
+    Mistake(7, "scale twice", rule(scale=lambda scale: scale ** 2), chunks(Out=lambda Out, scale: Out * scale)),
     Mistake(7, "scale fixed to d_k ** -0.5",
-            rule(scale=lambda k: k.shape[-1] ** -0.5), chunks(O=lambda O, scale, Q: O / scale * Q.shape[-1] ** -0.5)),
+            rule(scale=lambda k: k.shape[-1] ** -0.5),
+            chunks(Out=lambda Out, scale, Q: Out / scale * Q.shape[-1] ** -0.5)),
     Mistake(7, "scale fixed to d_v ** -0.5",
-            rule(scale=lambda v: v.shape[-1] ** -0.5), chunks(O=lambda O, scale, V: O / scale * V.shape[-1] ** -0.5)),
-    Mistake(7, "scale in the state's part of o alone", *both_chunked(P=lambda P, scale: P / scale)),
+            rule(scale=lambda v: v.shape[-1] ** -0.5),
+            chunks(Out=lambda Out, scale, V: Out / scale * V.shape[-1] ** -0.5)),
+    Mistake(7, "scale only in the part of o that reads the state", *both_chunked(P=lambda P, scale: P / scale)),
 
     Mistake(8, "keys normalised inside", rule(each(unit, "k")), chunks(k_rows=lambda k_rows: unit(k_rows))),
     Mistake(8, "q and k normalised inside", rule(each(unit, "q", "k")), chunks(each(unit, "q_rows", "k_rows"))),
@@ -133,13 +149,13 @@ FORWARD = (
                           T=lambda A: np.linalg.inv(np.eye(A.shape[-1], dtype=A.dtype) + A))),
     Mistake(10, "(I - A)^-1", *both_chunked(T=lambda A: inverse(-A))),
     Mistake(10, "no T", *both_chunked(T=lambda A: np.eye(A.shape[-1], dtype=A.dtype))),
-    Mistake(10, "I - A for T", *both_chunked(T=lambda A: np.eye(A.shape[-1], dtype=A.dtype) - A)),
+    Mistake(10, "I - A instead of T", *both_chunked(T=lambda A: np.eye(A.shape[-1], dtype=A.dtype) - A)),
     Mistake(10, "U without beta", *both_chunked(U=lambda T, V: T @ V)),
     Mistake(10, "W without beta", *both_chunked(W=lambda T, decay, K: T @ (decay * K))),
     Mistake(10, "W without its decay", *both_chunked(W=lambda T, b, K: T @ (b * K))),
     Mistake(10, "V_new = U + W S", *both_chunked(V_new=lambda U, W, S: U + W @ S)),
     Mistake(10, "V_new = U", *both_chunked(V_new=lambda U: U)),
-    Mistake(10, "scores with a 0/1 mask for Gamma", *both_chunked(P=lambda QK: np.tril(QK))),
+    Mistake(10, "scores with a 0/1 mask instead of Gamma", *both_chunked(P=lambda QK: np.tril(QK))),
     Mistake(10, "scores strictly below the diagonal", *both_chunked(P=lambda P: np.tril(P, -1))),
     Mistake(10, "scores without a mask", *both_chunked(P=lambda QK, Gamma: QK * np.maximum(Gamma, t(Gamma)))),
 
@@ -147,9 +163,9 @@ FORWARD = (
             rule(g=lambda g: g if g.any() else g - 100), chunks(g=lambda g: g if g.any() else g - g.dtype.type(0.7)),
             by="size"),
 
-    Mistake(13, "o of a short chunk not written", *both_chunked(O=lambda O, full: O * full)),
+    Mistake(13, "o of a short chunk not written", *both_chunked(Out=lambda Out, full: Out * full)),
     Mistake(13, "o of a short chunk not written, NaN in its memory",
-            *both_chunked(O=lambda O, full: O if full else O * np.nan)),
+            *both_chunked(Out=lambda Out, full: Out if full else Out * np.nan)),
     Mistake(13, "the last gate of a short chunk read from its padding",
             *both_chunked(gc_end=lambda gc_end, full: gc_end * full)),
     Mistake(13, "a short chunk does not reach the state",
@@ -199,14 +215,14 @@ FORWARD = (
                        b * gram * np.exp(np.minimum((gc - G)[..., None] - gc[..., None, :], 0)), -1),
                    W=lambda T, b, gc, G, K: T @ (b * np.exp(gc - G)[..., None] * K))),
     Mistake(28, "output read before the write",
-            rule(O=lambda scale, Q, S_decayed: scale * (Q @ S_decayed)), chunks(P=lambda P: np.tril(P, -1))),
+            rule(Out=lambda scale, Q, S_decayed: scale * (Q @ S_decayed)), chunks(P=lambda P: np.tril(P, -1))),
     Mistake(28, "output read before the decay",
-            rule(O=lambda scale, Q, carried: scale * (Q @ carried)), tokens(O=lambda scale, Q, S: scale * (Q @ S))),
+            rule(Out=lambda scale, Q, carried: scale * (Q @ carried)), tokens(Out=lambda scale, Q, S: scale * (Q @ S))),
     Mistake(28, "decay after the write",
             rule(S_decayed=lambda carried: carried,
                  S_next=lambda G, carried, K, u: np.exp(G)[..., None] * (carried + t(K) @ u)),
             tokens(W=lambda T, b, K: T @ (b * K),
-                   O=lambda scale, decay, Q, S, P, V_new: scale * decay * (Q @ S + P @ V_new),
+                   Out=lambda scale, decay, Q, S, P, V_new: scale * decay * (Q @ S + P @ V_new),
                    S_next=lambda whole, S, K, V_new: whole * (S + t(K) @ V_new))),
 
     Mistake(29, "the decay not carried to the next chunk",
@@ -214,8 +230,8 @@ FORWARD = (
     Mistake(29, "the sum of log decays not reset at a chunk",
             *both_chunked(gc=lambda gc, g, start, at: gc + g[:, start:at].sum(1)[..., None])),
     Mistake(29, "o reads the state before the chunk without its decay",
-            *both_chunked(O=lambda scale, Q, S, P, V_new: scale * (Q @ S + P @ V_new))),
-    Mistake(29, "what a chunk writes does not decay to its end",
+            *both_chunked(Out=lambda scale, Q, S, P, V_new: scale * (Q @ S + P @ V_new))),
+    Mistake(29, "what a chunk writes does not decay until its end",
             *both_chunked(S_next=lambda whole, S, K, V_new: whole * S + t(K) @ V_new)),
     Mistake(29, "the first gate of a chunk left out", *both_chunked(gc=lambda gc, G: gc - G[..., :1])),
     Mistake(29, "no decay at all", rule(without("g")), chunks(gc=lambda gc: 0 * gc)),
@@ -258,15 +274,15 @@ BACKWARD = (
             chunks(dG=lambda dG, G: dG * np.exp(-G))),
     Mistake(6, "dg summed from what was rounded to bfloat16",
             chunks(each(bfloat16, "dgc")),
-            padded(dG=lambda pair_P, pair_A, row_Q, row_W, d_tail, d_whole: log_decay_gradient(
-                *map(bfloat16, (pair_P + pair_A, row_Q + row_W, d_tail, d_whole)))), by="size"),
+            padded(dG=lambda pair, row_Q, row_W, d_tail, d_whole: log_decay_gradient(
+                *map(bfloat16, (pair, row_Q + row_W, d_tail, d_whole)))), by="size"),
 
     Mistake(7, "dq without scale", *loop_and_chunks(dQ=lambda dQ, scale: dQ / scale)),
     Mistake(7, "dq with scale twice", *loop_and_chunks(dQ=lambda dQ, scale: dQ * scale)),
-    Mistake(7, "no scale but in dq",
+    Mistake(7, "no scale except in dq",
             *loop_and_chunks(do_rows=lambda do: do, dQ=lambda dQ, scale: dQ * scale)),
 
-    Mistake(10, "scores' gradient without Gamma", *both_chunked(dQK=lambda dP: dP)),
+    Mistake(10, "gradient of the scores without Gamma", *both_chunked(dQK=lambda dP: dP)),
 
     Mistake(11, "dS does not go through what a token erases",
             rule(dS_decayed=lambda dS_written: dS_written),
@@ -280,19 +296,21 @@ BACKWARD = (
     Mistake(11, "dA with the other sign", *both_chunked(dA=lambda dA: -dA)),
     Mistake(11, "dA without T on its left",
             chunks(dA=lambda dT, T: -np.tril(dT @ t(T), -1)),
-            padded(dA=lambda dV_new, U, dW, W: -np.tril(dV_new @ t(U) + dW @ t(W), -1))),
+            padded(dA=lambda dU, U, dW, W: -np.tril(dU @ t(U) + dW @ t(W), -1))),
     Mistake(11, "dA without T on either side",
             chunks(dA=lambda dT: -np.tril(dT, -1)),
-            padded(dA=lambda dV_new, dW, b, V, decay, K: -np.tril(dV_new @ t(b * V) + dW @ t(b * decay * K), -1))),
-    Mistake(11, "dA without what comes through U", chunks(without("dT_U")), padded(without("dA_U"))),
-    Mistake(11, "dA without what comes through W", chunks(without("dT_W")), padded(without("dA_W"))),
+            padded(dA=lambda dU, dW, b, V, decay, K: -np.tril(dU @ t(b * V) + dW @ t(b * decay * K), -1))),
+    Mistake(11, "dA without what comes through U",
+            chunks(without("dT_U")), padded(dA=lambda d_bK, W: -np.tril(d_bK @ t(W), -1))),
+    Mistake(11, "dA without what comes through W",
+            chunks(without("dT_W")), padded(dA=lambda d_bV, U: -np.tril(d_bV @ t(U), -1))),
     Mistake(11, "nothing through the scores", *both_chunked(without("dP"))),
     Mistake(11, "dk of one side of the Gram matrix", *both_chunked(dK_A=lambda dgram, K: dgram @ K)),
     Mistake(11, "dk without what it erases",
             rule(without("dK_erase")), chunks(without("dK_W"), dK_A=lambda dgram, K: t(dgram) @ K)),
     Mistake(11, "dk without what it writes",
             rule(without("dK_write")), chunks(without("dK_P", "dK_S"), dK_A=lambda dgram, K: dgram @ K)),
-    Mistake(11, "dk without the state's end", *both_chunked(without("dK_S"))),
+    Mistake(11, "dk without what reaches the end of the chunk", *both_chunked(without("dK_S"))),
     Mistake(11, "dk without the scores", *both_chunked(without("dK_P"))),
     Mistake(11, "dk without W", *both_chunked(without("dK_W"))),
     Mistake(11, "dq without the state", *both_chunked(dQ=lambda dQ_P: dQ_P)),
@@ -330,7 +348,8 @@ BACKWARD = (
     Mistake(15, "do of row 0 for every row",
             rule(each(row_0_for_all, "do")), chunks(each(row_0_for_all, "do_rows"))),
 
-    Mistake(18, "dS in bfloat16 after every token", rule(each(bfloat16, "dS")), tokens(each(bfloat16, "dS")), by="size"),
+    Mistake(18, "dS in bfloat16 after every token",
+            rule(each(bfloat16, "dS")), tokens(each(bfloat16, "dS")), by="size"),
     Mistake(18, "dS in bfloat16 after every chunk", *both_chunked(each(bfloat16, "dS")), by="size"),
 
     Mistake(19, "TF32 in the backward",

@@ -6,7 +6,7 @@ each form to ops at 1e-12 in float64.
 """
 import numpy as np
 
-from deltanet_ref.oracle.chunk_by_chunk import CHUNKED, decays, inverse, t
+from deltanet_ref.oracle.chunk_by_chunk import CHUNKED, decays, t
 from deltanet_ref.oracle.steps import Form, steps
 from deltanet_ref.oracle.walk import DeltaForm
 
@@ -20,10 +20,10 @@ RULE = DeltaForm(
         error=lambda dot, V, K, S_decayed: V - dot(K, S_decayed),
         u=lambda Beta, error: Beta[..., None] * error,
         S_next=lambda dot, S_decayed, K, u: S_decayed + dot(t(K), u),
-        O=lambda dot, scale, Q, S_next: scale * dot(Q, S_next),
+        Out=lambda dot, scale, Q, S_next: scale * dot(Q, S_next),
     ),
     backward=steps(
-        # O = scale Q S_next
+        # Out = scale Q S_next
         dQ=lambda dot_back, dO, S_next: dot_back(dO, t(S_next)),
         dS_written=lambda dot_back, dS_next, Q, dO: dS_next + dot_back(t(Q), dO),
         # S_next = S_decayed + K^T u
@@ -56,77 +56,21 @@ def log_decay_gradient(pair, row, tail, whole):
 # A chunk filled up with zeros, its sums of log decays in float64, dA from U and W, dg without differences
 PADDED = DeltaForm(
     padded=True,
-    forward=steps(
-        S=lambda carried: carried,
-        b=lambda Beta: Beta[..., None],
+    forward=CHUNKED.forward | steps(
         gc=lambda G: np.cumsum(G, -1, dtype=np.float64),
-        gc_end=lambda gc: gc[..., -1:],
         Gamma=lambda gc, K: decays(gc).astype(K.dtype),
         decay=lambda gc, K: np.exp(gc).astype(K.dtype)[..., None],
-        gram=lambda dot, K: dot(K, t(K)),
-        A=lambda b, gram, Gamma: np.tril(b * gram * Gamma, -1),
-        T=lambda A: inverse(A),
-        U=lambda dot, T, b, V: dot(T, b * V),
-        W=lambda dot, T, b, decay, K: dot(T, b * decay * K),
-        V_new=lambda dot, U, W, S: U - dot(W, S),
-        QK=lambda dot, Q, K: dot(Q, t(K)),
-        P=lambda QK, Gamma: QK * Gamma,
-        O=lambda dot, scale, decay, Q, S, P, V_new: scale * (dot(decay * Q, S) + dot(P, V_new)),
         tail=lambda gc, gc_end, K: np.exp(gc_end - gc).astype(K.dtype)[..., None],
         whole=lambda gc_end, K: np.exp(gc_end).astype(K.dtype)[..., None],
-        S_next=lambda dot, whole, S, tail, K, V_new: whole * S + dot(t(tail * K), V_new),
     ),
-    backward=steps(
-        Gamma_back=lambda Gamma: Gamma,
-        gc_end_back=lambda gc_end: gc_end,
+    backward=CHUNKED.backward | steps(
         tail_back=lambda gc, gc_end_back, K: np.exp(gc_end_back - gc).astype(K.dtype)[..., None],
         whole_back=lambda gc_end_back, K: np.exp(gc_end_back).astype(K.dtype)[..., None],
-        # O = scale [decay Q S + P V_new], P = Q K^T * Gamma
-        d_decay_Q=lambda dot_back, dO, S: dot_back(dO, t(S)),
-        dP=lambda dot_back, dO, V_new: np.tril(dot_back(dO, t(V_new))),
-        dQK=lambda dP, Gamma_back: dP * Gamma_back,
-        dQ_S=lambda decay, d_decay_Q: decay * d_decay_Q,
-        dQ_P=lambda dot_back, dQK, K: dot_back(dQK, K),
-        dQ=lambda dQ_S, dQ_P: dQ_S + dQ_P,
-        dK_P=lambda dot_back, dQK, Q: dot_back(t(dQK), Q),
-        dV_new_P=lambda dot_back, P, dO: dot_back(t(P), dO),
-        dS_read=lambda dot_back, decay, Q, dO: dot_back(t(decay * Q), dO),
-        # S_next = whole S + (tail K)^T V_new
-        dV_new_S=lambda dot_back, tail_back, K, dS_next: dot_back(tail_back * K, dS_next),
-        dV_new=lambda dV_new_P, dV_new_S: dV_new_P + dV_new_S,
-        d_tail_K=lambda dot_back, V_new, dS_next: dot_back(V_new, t(dS_next)),
-        dK_S=lambda tail_back, d_tail_K: tail_back * d_tail_K,
-        dS_kept=lambda whole_back, dS_next: whole_back * dS_next,
-        # V_new = U - W S
-        dW=lambda dot_back, dV_new, S: -dot_back(dV_new, t(S)),
-        dS_erased=lambda dot_back, W, dV_new: dot_back(t(W), dV_new),
-        dS=lambda dS_kept, dS_read, dS_erased: dS_kept + dS_read - dS_erased,
-        # U = T (b V), W = T (b decay K)
-        d_bV=lambda dot_back, T, dV_new: dot_back(t(T), dV_new),
-        d_bK=lambda dot_back, T, dW: dot_back(t(T), dW),
-        dV=lambda b, d_bV: b * d_bV,
-        dK_W=lambda b, decay, d_bK: b * decay * d_bK,
-        # T = (I + A)^-1: -T^T dT T^T, where dT T^T is dU U^T + dW W^T
-        dA_U=lambda dot_back, d_bV, U: dot_back(d_bV, t(U)),
-        dA_W=lambda dot_back, d_bK, W: dot_back(d_bK, t(W)),
-        dA=lambda dA_U, dA_W: -np.tril(dA_U + dA_W, -1),
-        # A = strict_lower(b gram Gamma)
-        dgram=lambda b, dA, Gamma_back: b * dA * Gamma_back,
-        dK_A=lambda dot_back, dgram, K: dot_back(dgram + t(dgram), K),
-        dK=lambda dK_P, dK_S, dK_W, dK_A: dK_P + dK_S + dK_W + dK_A,
-        dBeta_V=lambda d_bV, V: (d_bV * V).sum(-1),
-        dBeta_W=lambda d_bK, decay, K: (d_bK * decay * K).sum(-1),
-        dBeta_A=lambda dA, gram, Gamma_back: (dA * gram * Gamma_back).sum(-1),
-        dBeta=lambda dBeta_V, dBeta_W, dBeta_A: dBeta_V + dBeta_W + dBeta_A,
-        # what each decay factor collected
-        pair_P=lambda dQK, QK: np.tril(dQK * QK, -1),
-        pair_A=lambda dA, A: dA * A,
-        row_Q=lambda dQ_S, Q: (dQ_S * Q).sum(-1),
-        row_W=lambda b, decay, d_bK, K: (b * decay * d_bK * K).sum(-1),
-        d_tail=lambda d_tail_K, tail_back, K: (d_tail_K * tail_back * K).sum(-1),
         d_whole=lambda whole_back, S, dS_next: (whole_back * S * dS_next).sum((-2, -1)),
-        dG=lambda pair_P, pair_A, row_Q, row_W, d_tail, d_whole:
-            log_decay_gradient(pair_P + pair_A, row_Q + row_W, d_tail, d_whole),
+        # -T^T dT T^T, where dT T^T is dU U^T + dW W^T
+        dA=lambda dot_back, d_bV, U, d_bK, W: -np.tril(dot_back(d_bV, t(U)) + dot_back(d_bK, t(W)), -1),
+        pair_P=lambda dQK, QK: np.tril(dQK * QK, -1),
+        dG=lambda pair, row_Q, row_W, d_tail, d_whole: log_decay_gradient(pair, row_Q + row_W, d_tail, d_whole),
     ))
 
 
@@ -354,6 +298,7 @@ LORA = Form(
     ))
 
 DELTA = ("gated_delta_rule", "gated_delta_rule_step")
+CHUNKED_FORMS = ("chunks", "padded")
 # name: (form, the operators that it computes)
 FORMS = {name: (form, DELTA) for name, form in (("rule", RULE), ("chunks", CHUNKED), ("padded", PADDED))}
 FORMS |= {op: (form, (op,)) for op, form in {

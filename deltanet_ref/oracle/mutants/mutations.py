@@ -1,10 +1,13 @@
 """A mutant is a form with some equations replaced; a mistake is a title and two mutants that make it independently."""
+import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from deltanet_ref.oracle.mutants.forms import FORMS
+from deltanet_ref.oracle.mutants.forms import CHUNKED_FORMS, FORMS
+from deltanet_ref.oracle.operators import OPERATORS
 from deltanet_ref.oracle.steps import Step, steps
 
 
@@ -12,7 +15,7 @@ class Mutation(NamedTuple):
     """Replaced equations of a form."""
     form: str                 # key of FORMS
     changes: tuple = ()       # (name of an input, a step or a result, Step), ...
-    chunk: int = 64           # tokens per chunk of the chunked forms
+    chunk: int = 64           # tokens per chunk of CHUNKED_FORMS
 
     @property
     def ops(self) -> tuple:
@@ -22,11 +25,11 @@ class Mutation(NamedTuple):
     @property
     def any_chunk(self) -> bool:
         """Whether the mistake can be made in chunks of another length."""
-        return self.form in ("chunks", "padded") and self.chunk > 1
+        return self.form in CHUNKED_FORMS and self.chunk > 1
 
     def run(self, x: dict, gradients: bool) -> dict:
-        """What the mutant answers to inputs x: name -> array, gradients too if they are wanted."""
-        options = {"chunk": self.chunk} if self.form in ("chunks", "padded") else {}
+        """What the mutant answers to inputs x: name -> array; gradients only if they are wanted."""
+        options = {"chunk": self.chunk} if self.form in CHUNKED_FORMS else {}
         return FORMS[self.form][0].run(x, dict(self.changes), gradients, **options)
 
 
@@ -40,11 +43,17 @@ class Mistake(NamedTuple):
 
 
 def mutations_of(form: str, chunk: int = 64) -> Callable[..., Mutation]:
-    """A function from changes to a Mutation: changes(step=equation, ...), groups of them (each, without) before those."""
+    """A function that makes Mutations of a form: step=equation, ..., after groups of changes (each, without).
+
+    It raises ValueError for a name that the form does not have, so that every change changes something.
+    """
+    known = FORMS[form][0].names().union(*({*op.args, *op.options, *op.incoming}
+                                           for op in map(OPERATORS.get, FORMS[form][1])))
+
     def mutation(*groups: dict, **equations: Callable) -> Mutation:
-        changes = steps(**equations)
-        for group in groups:
-            changes = group | changes
+        changes = functools.reduce(operator.or_, groups, {}) | steps(**equations)
+        if unknown := changes.keys() - known:
+            raise ValueError(f"{form} has no {', '.join(sorted(unknown))}")
         return Mutation(form, tuple(changes.items()), chunk)
     return mutation
 

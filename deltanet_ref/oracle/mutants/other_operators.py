@@ -1,35 +1,37 @@
 """THE table of mistakes in the other operators: number in catalogue.py, title, and two ways to make it.
 
-The names of steps and their right equations are in forms.py.
+The steps and their correct equations are in forms.py.
 """
 import numpy as np
 
 from deltanet_ref.oracle.cases import bfloat16
 from deltanet_ref.oracle.mutants.forms import dot_rows, rotated, scatter_add, sum_rows
-from deltanet_ref.oracle.mutants.mutations import (Mistake, each, mutations_of, row_0_alone, row_0_for_all, without)
+from deltanet_ref.oracle.mutants.mutations import Mistake, each, mutations_of, row_0_alone, without
 
 conv, gate, l2, rms, gated_rms, rope, attention, loss, lora = map(mutations_of, (
     "causal_conv1d", "decay_gate", "l2_norm", "rms_norm", "gated_rms_norm", "rope", "gated_attention", "cross_entropy",
     "lora_linear"))
 
 
-# ---- the convolution of packed sequences; of a dense batch nothing changes
+# ---- the convolution of packed sequences; dense batches are unchanged
 
 def in_one_sequence(place, state, cu_seqlens, tokens):
-    """The places of these tokens if the whole row were one sequence, with the first state before it."""
+    """The places of these tokens if the whole row were one sequence that follows the first state."""
     N, before, _ = state.shape
     return place if cu_seqlens is None else np.where(tokens < 0, before, N * before) + tokens
 
 
 def state_before(x, state, cu_seqlens):
     """The last inputs in front of each sequence, whatever sequence they belong to."""
+    if cu_seqlens is None:
+        return state
     row = np.concatenate([state[0], x[0]])
     return np.stack([row[start:start + state.shape[1]] for start in cu_seqlens[:-1]])
 
 
-def in_last_sequence(x, cu_seqlens):
-    """(T,) bool: the tokens of the last packed sequence; all of a dense batch."""
-    return np.arange(x[..., 0].size) >= (0 if cu_seqlens is None else cu_seqlens[-2])
+def in_last_sequence(dc, cu_seqlens):
+    """dc with zeros before the last packed sequence; unchanged for a dense batch."""
+    return dc if cu_seqlens is None else dc * (np.arange(dc.shape[1]) >= cu_seqlens[-2])[:, None]
 
 
 def spilled_in_a_loop(dx, dstate, cu_seqlens):
@@ -42,6 +44,7 @@ def spilled_in_a_loop(dx, dstate, cu_seqlens):
 
 
 def spilled_by_index(dx, dstate, cu_seqlens):
+    """The same by one indexed addition."""
     if cu_seqlens is None:
         return dx
     token = cu_seqlens[:-1, None] + np.arange(-dstate.shape[1], 0)
@@ -71,16 +74,14 @@ FORWARD = (
                      place, state, cu_seqlens, np.arange(len(place))[:, None] + np.arange(1 - w.shape[1], 1)),
                  last_place=lambda last_place, state, cu_seqlens, bounds, w: in_one_sequence(
                      last_place, state, cu_seqlens, bounds[1:, None] + np.arange(1 - w.shape[1], 0))),
-            conv(state=lambda x, state, cu_seqlens: state if cu_seqlens is None else state_before(x, state, cu_seqlens))),
+            conv(state=state_before)),
     Mistake(4, "the convolution's state ignored",
-            conv(without("state")), conv(window=lambda window, place, state: window * (place >= state[..., 0].size)[..., None],
-                                         state_end=lambda state_end, last_place, state:
-                                             state_end * (last_place >= state[..., 0].size)[..., None])),
+            conv(without("state")), conv(stacked=lambda state, x: np.concatenate([*(0 * state), *x]))),
     Mistake(4, "the convolution's state newest first",
             conv(state=lambda state: state[:, ::-1]),
             conv(stacked=lambda state, x: np.concatenate([*state[:, ::-1], *x]))),
     Mistake(4, "the convolution's final state without the one before",
-            conv(state_end=lambda state_end, last_place, state: state_end * (last_place >= state[..., 0].size)[..., None]),
+            conv(state_end=lambda state, x, last_place: np.concatenate([*(0 * state), *x])[last_place]),
             conv(state_end=lambda state_end, bounds: state_end * (
                 np.diff(bounds)[:, None] + np.arange(-state_end.shape[1], 0) >= 0)[..., None])),
     Mistake(22, "no SiLU after the convolution", conv(y=lambda c: c), conv(s=lambda c: np.ones_like(c))),
@@ -106,28 +107,29 @@ FORWARD = (
                  beta=lambda A_log, z, a: -(np.exp(A_log) * np.logaddexp(z, 0)).astype(a.dtype))),
 
     Mistake(8, "eps on the mean",
-            l2(r=lambda total, eps, x: 1 / np.sqrt(total + eps * x.shape[-1])), l2(eps=lambda eps, x: eps * x.shape[-1])),
+            l2(r=lambda total, eps, x: 1 / np.sqrt(total + eps * x.shape[-1])),
+            l2(eps=lambda eps, x: eps * x.shape[-1])),
     Mistake(8, "eps outside the root",
             l2(r=lambda total, eps: 1 / (np.sqrt(total) + eps)),
             l2(r=lambda total, eps: 1 / np.maximum(np.sqrt(total), eps))),
     Mistake(8, "no eps", l2(r=lambda total: 1 / np.sqrt(total)), l2(without("eps"))),
-    Mistake(8, "the mean in place of the sum",
+    Mistake(8, "the mean instead of the sum",
             l2(total=lambda total, x: total / x.shape[-1]),
             l2(r=lambda total, eps, x: x.shape[-1] ** 0.5 / np.sqrt(total + eps * x.shape[-1]))),
-    Mistake(21, "1 + w for w", rms(w=lambda w: 1 + w), rms(y=lambda n, w: n + n * w)),
+    Mistake(21, "1 + w instead of w", rms(w=lambda w: 1 + w), rms(y=lambda n, w: n + n * w)),
     Mistake(21, "no weight", rms(w=lambda w: np.ones_like(w)), rms(y=lambda n: n)),
     Mistake(21, "rounded to bfloat16 before the weight", rms(each(bfloat16, "n")), rms(y=lambda n, w: bfloat16(n) * w)),
     Mistake(21, "eps outside the root of the mean",
             rms(r=lambda mean, eps: 1 / (np.sqrt(mean) + eps)),
             rms(r=lambda mean, eps: 1 / np.maximum(np.sqrt(mean), eps))),
-    Mistake(21, "the sum in place of the mean",
+    Mistake(21, "the sum instead of the mean",
             rms(mean=lambda x: dot_rows(x, x)),
             rms(r=lambda mean, eps, x: x.shape[-1] ** -0.5 / np.sqrt(mean + eps / x.shape[-1]))),
     Mistake(21, "the gate before the norm",
             gated_rms(x=lambda x, z: x * z / (1 + np.exp(-z)), gate=lambda gate: np.ones_like(gate)),
             gated_rms(y=lambda x, gate, w, eps: x * gate * w / np.sqrt(
                 dot_rows(x * gate, x * gate) / x.shape[-1] + eps))),
-    Mistake(21, "a sigmoid for the gate's SiLU",
+    Mistake(21, "a sigmoid instead of the gate's SiLU",
             gated_rms(gate=lambda s: s), gated_rms(y=lambda y, z: y / z)),
 
     Mistake(30, "every feature rotated",
@@ -144,9 +146,10 @@ FORWARD = (
             rope(first=lambda rotary_dim: np.arange(0, rotary_dim, 2), second=lambda first: first + 1),
             rope(x=lambda x, rotary_dim: x[..., paired_neighbours(x, rotary_dim)],
                  y=lambda y, rotary_dim: y[..., np.argsort(paired_neighbours(y, rotary_dim))])),
-    Mistake(30, "the other direction", rope(sin=lambda sin: -sin), rope(positions=lambda positions: -positions)),
+    Mistake(30, "rotated in the other direction", rope(sin=lambda sin: -sin),
+            rope(positions=lambda positions: -positions)),
     Mistake(30, "one axis for all sections",
-            rope(positions=lambda positions: positions if positions.ndim == 1 else positions[0]*np.ones((3, 1))), rope(without("axis"))),
+            rope(positions=lambda positions: np.atleast_2d(positions)[[0, 0, 0]]), rope(without("axis"))),
     Mistake(30, "sections one after the other",
             rope(axis=lambda axis, sections: np.repeat([0, 1, 2], sections) if sections else axis),
             rope(axis=lambda axis, sections: np.searchsorted(np.cumsum(sections), np.arange(len(axis)), "right")
@@ -166,7 +169,7 @@ FORWARD = (
             attention(scale=lambda scale: scale ** 2), attention(scores=lambda scores, scale: scores * scale)),
     Mistake(22, "no gate after attention",
             attention(gate=lambda gate: np.full_like(gate, 40)), attention(y=lambda o: o)),
-    Mistake(22, "a SiLU for attention's gate",
+    Mistake(22, "a SiLU instead of the sigmoid of attention's gate",
             attention(s=lambda s, gate: s * gate), attention(y=lambda y, gate: y * gate)),
 
     Mistake(35, "ignored labels counted in the mean",
@@ -181,7 +184,7 @@ FORWARD = (
     Mistake(5, "softmax without the largest logit subtracted",
             loss(peak=lambda peak: 0 * peak), loss(peak=lambda peak: np.minimum(peak, 0)), by="size"),
 
-    Mistake(24, "no update of the adapter", lora(without("update")), lora(y=lambda x, w: x @ w.T)),
+    Mistake(24, "the adapter's update left out", lora(without("update")), lora(y=lambda x, w: x @ w.T)),
 )
 
 BACKWARD = (
@@ -194,8 +197,8 @@ BACKWARD = (
             conv(dw=lambda dc, window: np.einsum("tc,tkc->ck", row_0_alone(dc).reshape(len(window), -1), window)),
             conv(dw=lambda dc, window: np.einsum("tc,tkc->ck", dc[0], window[:dc.shape[1]]))),
     Mistake(16, "dw of the last sequence alone",
-            conv(dw=lambda dc, window, x, cu_seqlens: np.einsum(
-                "t,tc,tkc->ck", in_last_sequence(x, cu_seqlens).astype(dc.dtype), dc.reshape(len(window), -1), window)),
+            conv(dw=lambda dc, window, cu_seqlens: np.einsum(
+                "tc,tkc->ck", in_last_sequence(dc, cu_seqlens).reshape(len(window), -1), window)),
             conv(dw=lambda dw, dc, window, cu_seqlens: dw if cu_seqlens is None else np.einsum(
                 "tc,tkc->ck", dc[0, cu_seqlens[-2]:], window[cu_seqlens[-2]:]))),
     Mistake(16, "dw without the state",
@@ -204,8 +207,7 @@ BACKWARD = (
             conv(dw=lambda dc, state, x, place: np.einsum(
                 "tc,tkc->ck", dc.reshape(len(place), -1), np.concatenate([*(0 * state), *x])[place]))),
     Mistake(16, "the window's gradient reaches into the sequence before",
-            conv(dx=lambda dx, dstate, cu_seqlens: spilled_in_a_loop(dx, dstate, cu_seqlens)),
-            conv(dx=lambda dx, dstate, cu_seqlens: spilled_by_index(dx, dstate, cu_seqlens))),
+            conv(dx=spilled_in_a_loop), conv(dx=spilled_by_index)),
     Mistake(22, "no slope of the SiLU", conv(slope=lambda slope: np.ones_like(slope)), conv(dc=lambda dy: dy)),
 
     Mistake(9, "dA_log is the gradient of exp(A_log)",
@@ -231,8 +233,9 @@ BACKWARD = (
     Mistake(11, "dz without the slope of its sigmoid",
             gated_rms(slope=lambda s: s), gated_rms(dz=lambda dy, n, w, s: dy * n * w * s)),
 
-    Mistake(30, "rotated again, not back",
-            rope(sin_back=lambda sin: sin), rope(dx=lambda dy, cos, sin, first, second: rotated(dy, cos, sin, first, second))),
+    Mistake(30, "rotated again instead of back",
+            rope(sin_back=lambda sin: sin),
+            rope(dx=lambda dy, cos, sin, first, second: rotated(dy, cos, sin, first, second))),
 
     Mistake(2, "one query head's gradient for its kv head",
             attention(dk=last_query_head, dv=lambda dv_heads, kv_head, k: last_query_head(dv_heads, kv_head, k)),
@@ -241,7 +244,8 @@ BACKWARD = (
     Mistake(7, "no scale in the backward of attention",
             attention(d_scores=lambda P, dP, mean: P * (dP - mean)),
             attention(each(lambda d, scale: d / scale, "dq", "dk", also=("scale",)))),
-    Mistake(11, "dP without its mean", attention(without("mean")), attention(d_scores=lambda P, dP, scale: scale * P * dP)),
+    Mistake(11, "dP without its mean",
+            attention(without("mean")), attention(d_scores=lambda P, dP, scale: scale * P * dP)),
     Mistake(11, "dgate without the slope of the sigmoid",
             attention(slope=lambda s: s), attention(dgate=lambda do, o: do * o)),
 
