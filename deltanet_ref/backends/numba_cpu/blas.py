@@ -1,11 +1,12 @@
-"""Matrix products inside kernels, on strided parts of arrays, by SciPy's BLAS on one thread.
+"""The two BLAS libraries, each kept from using threads of its own: SciPy's for products inside kernels, on strided parts
+of arrays; NumPy's for the large products between them (linear.py).
 
-The threads are the kernels' own: a BLAS that splits a product over threads of its own waits for all of them inside
-every product, spinning, and under other load one of them is not running (measured with two busy processes on two cores:
-a product of 0.2 ms took 12 ms). SciPy's wheel has a library of its own, so NumPy's keeps its threads for other code. Where
-both packages share one library it is limited to one thread, in the whole process.
+Inside a kernel the tasks are what the threads share, so SciPy's library runs on one thread, always. NumPy's, which is
+another one in the packages' wheels, is the process's: it is limited to one thread only while this backend multiplies.
+Where both packages share one library, that one is limited always.
 """
 from pathlib import Path
+from threading import Lock
 
 import llvmlite.binding
 import scipy.linalg.cython_blas  # noqa: F401 (loads the library)
@@ -18,18 +19,38 @@ from threadpoolctl import ThreadpoolController
 from deltanet_ref.backends.numba_cpu.compiler import inlined
 
 
-def scipy_libraries():
-    """threadpoolctl's controllers of the BLAS that SciPy calls; of every BLAS where SciPy's wheel brought none."""
-    libraries = ThreadpoolController().select(user_api="blas").lib_controllers
-    own = [library for library in libraries
-           if {"scipy.libs", "scipy"} & set(Path(library.filepath).parts[-3:])]    # Linux and Windows; macOS
-    return own or libraries
+
+class _OnOneThread:
+    """Context in which libraries compute on one thread. Several threads may be inside; the last one restores."""
+
+    def __init__(self, libraries):
+        self.libraries, self.lock, self.inside, self.limited = libraries, Lock(), 0, []
+
+    def __enter__(self):
+        with self.lock:
+            if self.inside == 0:
+                numbers = [(library, library.get_num_threads()) for library in self.libraries]
+                self.limited = [(library, n) for library, n in numbers if n > 1]
+                for library, _ in self.limited:
+                    library.set_num_threads(1)
+            self.inside += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                for library, n in self.limited:
+                    library.set_num_threads(n)
 
 
-for library in scipy_libraries():
+_libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+_scipy = [library for library in _libraries
+          if {"scipy.libs", "scipy"} & set(Path(library.filepath).parts[-3:])] or _libraries       # Linux, macOS
+for library in _scipy:
     library.set_num_threads(1)
+numpy_on_one_thread = _OnOneThread([library for library in _libraries if library not in _scipy])
 
-ROUTINES = ("sgemm", "dgemm", "sgemv", "dgemv", "strsm", "dtrsm")
+ROUTINES = ("sgemm", "dgemm", "strsm", "dtrsm")
 for routine in ROUTINES:                           # by name, not by address: compiled kernels outlive the process
     llvmlite.binding.add_symbol(f"deltanet_ref_{routine}",
                                 get_cython_function_address("scipy.linalg.cython_blas", routine))
@@ -46,18 +67,6 @@ def gemm(alpha, A, B, beta, C):
     how_A, step_A = _layout(A)
     how_B, step_B = _layout(B)
     _gemm(how_B, how_A, n, m, A.shape[1], alpha, B, step_B, A, step_A, beta, C, _layout(C)[1])
-
-
-@inlined
-def gemv(alpha, A, B, beta, C):
-    """gemm of one row, A (1, k) and C (1, n), which does not copy B."""
-    k, n = B.shape
-    how, step_B = _layout(B)
-    step_A = max(A.strides[1] // A.itemsize, 1)
-    if how == PLAIN:
-        _gemv(PLAIN, n, k, alpha, B, step_B, A, step_A, beta, C, 1)
-    else:
-        _gemv(TRANSPOSED, k, n, alpha, B, step_B, A, step_A, beta, C, 1)
 
 
 @inlined
@@ -106,12 +115,6 @@ def _routine(name):
 def _gemm(typing_context, how_A, how_B, m, n, k, alpha, A, step_A, B, step_B, beta, C, step_C):
     i, f = types.int64, A.dtype
     return types.void(i, i, i, i, i, f, A, i, B, i, f, C, i), _routine("gemm")
-
-
-@intrinsic
-def _gemv(typing_context, how, m, n, alpha, A, step_A, x, step_x, beta, y, step_y):
-    i, f = types.int64, A.dtype
-    return types.void(i, i, i, f, A, i, x, i, f, y, i), _routine("gemv")
 
 
 @intrinsic

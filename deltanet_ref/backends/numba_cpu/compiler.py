@@ -55,8 +55,7 @@ def kernel(signature: str):
 
     To the compiler, arrays have any strides, so that a view does not mean another compilation. The last axis of a
     written array must be contiguous, and `row` relies on it; arrays that are read are copied where their rows are not
-    contiguous, overlap or run backwards, which a BLAS could not express. m2 is a matrix that is read by columns, too:
-    either axis may be the contiguous one.
+    contiguous, overlap or run backwards, which a BLAS could not express.
     """
     words = signature.split()
     records = [i for i, word in enumerate(words) if word[0] == "b"]
@@ -92,9 +91,7 @@ def _numba_type(word, x, dtype):
 
 def _readable(word, x):
     """x, or a copy with contiguous rows."""
-    if word[0] not in "rm" or x.flags.c_contiguous or _has_rows(x) or word[0] == "m" and _has_rows(x.T):
-        return x
-    return np.ascontiguousarray(x)
+    return x if word[0] != "r" or x.flags.c_contiguous or _has_rows(x) else np.ascontiguousarray(x)
 
 
 def _has_rows(x):

@@ -1,8 +1,10 @@
-"""Linear maps as matrix products in kernels. Mathematics: docs/derivations/linear-and-lora.md.
+"""Linear maps: large products by NumPy's BLAS, in blocks that the kernels' threads share. Mathematics:
+docs/derivations/linear-and-lora.md.
 
-A large product is cut into blocks of its result, each computed by a BLAS on one thread (blas.py). The threads take the
-blocks one by one, so a thread that the system stops delays its own block only. A small product is not cut: the calling
-thread computes it.
+NumPy's BLAS computes on one thread meanwhile. Its own threads wait for one another inside every product, spinning, and
+under other load one of them is not running: with two busy processes on two cores a product of 0.2 ms took 12 ms. Here a
+product is cut into blocks of its result. The threads take them one by one, so a thread that the system stops delays its
+own block only, and whoever waits sleeps. A small product is not cut: the calling thread computes it.
 
 How a product is cut depends on its sizes and on the cores of the machine, not on the number of threads, so that the
 bits of a result do not either: the same element in a block of another shape may be rounded differently (OpenBLAS's
@@ -13,9 +15,10 @@ from functools import lru_cache
 import numpy as np
 
 from deltanet_ref.backends.cores import available_cores
-from deltanet_ref.backends.numba_cpu.arrays import heads, same_float
-from deltanet_ref.backends.numba_cpu.blas import gemm, gemv
+from deltanet_ref.backends.numba_cpu.arrays import BLOCK, heads, same_float
+from deltanet_ref.backends.numba_cpu.blas import gemm, numpy_on_one_thread
 from deltanet_ref.backends.numba_cpu.compiler import kernel
+from deltanet_ref.backends.numba_cpu.threads import Work, run_together
 from deltanet_ref.ops import linear as ops
 
 # Costs in multiply-adds of a large product (75 per ns on a core with AVX-512)
@@ -24,6 +27,7 @@ BLOCK_COST = 1 << 24          # least for a block: 0.2 ms; waking a thread takes
 EXTRA = 1.03                  # of the cost of the whole: more blocks than cores are made up to here
 ALIGNMENT = 16                # of the columns of a block: the BLAS computes whole tiles fastest
 CORES = available_cores()
+LEAST_ROWS = 64               # of a task of linear_add, each of which copies w
 
 
 def linear_forward(x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -35,12 +39,13 @@ def linear_forward(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 def linear_add(y: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
-    """y += x w^T in place, without an array for the product: as ops.linear_add."""
+    """y += x w^T in place, for a thin product no second array of the size of y: as ops.linear_add."""
     same_float(y, x, w)
     if x.shape[:-1] != y.shape[:-1] or w.shape != (y.shape[-1], x.shape[-1]):
         return ops.linear_add(y, x, w)                                     # refuses
-    for y_n, x_n in zip(heads(y), heads(x)):
-        product(x_n, w.T, y_n, add=True)
+    y, x = heads(y), heads(x)
+    rows = max(LEAST_ROWS, BLOCK // y.shape[2])
+    _add(len(y) * -(-y.shape[1] // rows), y, x, w, rows)
 
 
 def linear_backward_input(dy: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -55,18 +60,21 @@ def linear_backward_weight(dy: np.ndarray, x: np.ndarray) -> np.ndarray:
     return product(_rows(dy).T, _rows(x))
 
 
-def product(A: np.ndarray, B: np.ndarray, C: np.ndarray | None = None, add: bool = False) -> np.ndarray:
-    """C = A B, or C += A B with add. A (m, k), B (k, n), C (m, n) with contiguous rows, a new array if None."""
+def product(A: np.ndarray, B: np.ndarray, C: np.ndarray | None = None) -> np.ndarray:
+    """C = A B. A (m, k), B (k, n), C (m, n): a new array if None."""
     (m, k), n = A.shape, B.shape[1]
     C = np.empty((m, n), A.dtype) if C is None else C
-    rows, columns = block_shape(max(m, 1), k, max(n, 1))
-    _blocks(-(-m // rows) * -(-n // columns), C, A, B, float(add), rows, columns)
+    rows, columns = block_shape(m, k, n)
+    with numpy_on_one_thread:
+        if rows >= m and columns >= n:
+            return np.matmul(A, B, out=C)
+        run_together([Work(-(-m // rows) * -(-n // columns), _multiply, [A, B, C, rows, columns])])
     return C
 
 
 @lru_cache(1024)
 def block_shape(m: int, k: int, n: int) -> tuple[int, int]:
-    """Rows and columns of the blocks into which C (m, n) = A (m, k) B (k, n) is cut: one for each core and more as long
+    """Rows and columns of the blocks into which C (m, n) = A (m, k) B (k, n) is cut: one for each core, and more as long
     as that is cheap, in the shape that copies least."""
     whole, parts, best = _cost(m, k, n, 1, 1), 1, (1, 1)
     while whole >= 2 * parts * BLOCK_COST:
@@ -79,7 +87,7 @@ def block_shape(m: int, k: int, n: int) -> tuple[int, int]:
 
 
 def _cost(m, k, n, down, across):
-    """Of the product in `down` times `across` blocks; C is read and written once."""
+    """Of the product in `down` times `across` blocks; C is written once."""
     return m * k * n + COPIED * (m * n + across * m * k + down * k * n)
 
 
@@ -87,17 +95,22 @@ def _powers_of_two(most):
     return [1 << i for i in range(most.bit_length())]
 
 
+def _multiply(first, last, A, B, C, rows, columns):
+    """Blocks first .. last-1 of C = A B; NumPy releases the interpreter lock in each."""
+    across = -(-C.shape[1] // columns)
+    for block in range(first, last):
+        down, right = slice(block // across * rows, (block // across + 1) * rows), slice(
+            block % across * columns, (block % across + 1) * columns)
+        np.matmul(A[down], B[:, right], out=C[down, right])
+
+
 def _rows(x):
     return x.reshape(-1, x.shape[-1])
 
 
-@kernel("w2 m2 m2 f i i")
-def _blocks(first, last, C, A, B, beta, rows, columns):
-    across = -(-C.shape[1] // columns)
-    for block in range(first, last):
-        i, j = block // across * rows, block % across * columns
-        A_i, B_j, C_ij = A[i:i + rows], B[:, j:j + columns], C[i:i + rows, j:j + columns]
-        if len(C) == 1 and len(B) > 0:                                     # gemv would leave C as it is for k = 0
-            gemv(C.dtype.type(1), A_i, B_j, beta, C_ij)
-        else:
-            gemm(C.dtype.type(1), A_i, B_j, beta, C_ij)
+@kernel("w3 r3 r2 i")
+def _add(first, last, y, x, w, rows):
+    blocks, one = -(-y.shape[1] // rows), y.dtype.type(1)
+    for task in range(first, last):
+        n, start = task // blocks, task % blocks * rows
+        gemm(one, x[n, start:start + rows], w.T, one, y[n, start:start + rows])

@@ -30,7 +30,8 @@ from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
 
 FEW = 16                      # rows of x; from 24 on a matrix product is faster
-TASK_BYTES = 1 << 16          # stored bytes that a task reads
+DECODED_BYTES = 1 << 18       # stored bytes that a task decodes: 60 us
+PRODUCT_BYTES = 1 << 16       # stored bytes that a task multiplies
 PANEL_BYTES = 16 << 20        # decoded values that exist at one time
 K_VALUES = 256                # values of a block of the K types
 UPPER, LOWER = np.float32(32767), np.float32(32768)        # the largest upper 16 bits of x; what the lower ones count
@@ -220,7 +221,7 @@ def decodes(type, shape):
 def decode_into(y, raw, type):
     """Fill y, float32 (..., n), from its stored bytes."""
     blocks = _blocks(raw, type, y.shape)
-    rows = _rows_of_a_task(blocks)
+    rows = _rows_of_a_task(blocks, DECODED_BYTES)
     _decode(-(-len(blocks) // rows), y.reshape(len(blocks), -1), blocks, rows)
 
 
@@ -248,7 +249,8 @@ def stored_linear_backward_input(dy, tensor):
     _check(dy, tensor, axis=0)
     rows, dx = dy.reshape(-1, dy.shape[-1]), None
     for part, w in panels(tensor):
-        dx = product(rows[:, part], w, dx, add=dx is not None)
+        of_panel = product(rows[:, part], w)
+        dx = of_panel if dx is None else np.add(dx, of_panel, out=dx)
     return dx.reshape(*dy.shape[:-1], -1)
 
 
@@ -293,13 +295,13 @@ def _blocks(raw, type, shape):
     return raw.reshape(-1).view(LAYOUTS[type].block).reshape(-1, shape[-1] // LAYOUTS[type].values)
 
 
-def _rows_of_a_task(blocks):
-    return max(1, TASK_BYTES // (blocks.shape[1] * blocks.itemsize))
+def _rows_of_a_task(blocks, size):
+    return max(1, size // (blocks.shape[1] * blocks.itemsize))
 
 
 def _product_of_few(x, tensor, y):
     blocks = _blocks(tensor.raw, tensor.type, tensor.shape)
-    rows = _rows_of_a_task(blocks)
+    rows = _rows_of_a_task(blocks, PRODUCT_BYTES)
     return _products.work(-(-len(blocks) // rows), x, blocks, rows, y)
 
 
