@@ -1,11 +1,15 @@
 """Time and memory of the gated delta rule: HF's torch functions, deltanet_ref.ops and the numba backend, in turns.
 
-    python bench/delta_rule.py [--rounds 9] [--threads 2]        (with torch and transformers importable: the peers too)
+    python bench/delta_rule.py [--rounds 9] [--threads 2]    4 sizes, 1 to 3 minutes on 2 cores
+    python bench/delta_rule.py --full                        9 sizes up to 8192 tokens, and the plot: 5 to 15 minutes
 
-Results are checked first against ops in float64; a wrong engine is not timed. Writes bench/results/delta_rule.*.
-Extra memory is VmHWM, reset through /proc/self/clear_refs, over what was resident before, in a process for each number.
+HF's functions take part where torch and transformers can be imported. Results are first checked against ops in float64;
+a wrong engine is not timed. A size is timed for up to SECONDS, but at least three rounds. Writes
+bench/results/delta_rule.*. Extra memory is VmHWM, reset through /proc/self/clear_refs, minus what was resident before, in
+a process for each size and engine.
 """
 import argparse
+import ctypes
 import datetime
 import importlib.metadata
 import importlib.util
@@ -19,46 +23,52 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from deltanet_ref.backends.cores import available_cores  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 LENGTHS = 256, 512, 1024, 2048, 4096, 8192                      # of the picture
+SECONDS = 10                  # of timing one size
 SIZES = {**{f"B1 L{L}, 16/16 heads, d 128": dict(L=L, H_k=16, H_v=16) for L in LENGTHS},
          "B1 L1024, 16/32 heads, d 128": dict(L=1024, H_k=16, H_v=32),
          "64 packed sequences of 32, 16/16 heads, d 128": dict(L=2048, H_k=16, H_v=16, sequences=64),
          "B1 L2048, 2/2 heads, d 128": dict(L=2048, H_k=2, H_v=2)}
+DEFAULT = [size for size in SIZES if any(part in size for part in ("L256,", "L2048, 16/16", "16/32", "packed"))]
 D = 128
-PAUSE = 0.05                  # seconds: threads of the engine before that still spin in wait of work go to sleep
+PAUSE = 0.05                  # seconds between engines, in which the last one's threads stop spinning
 NOISE = 4e-6                  # float32 against float64 at these sizes: 2e-7 .. 1e-6 for every engine here
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--memory", nargs=3, metavar=("SIZE", "ENGINE", "WORK"), help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=9, help="at most (default 9)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="default: all cores")
+    parser.add_argument("--full", action="store_true", help="all sizes, and the plot")
+    parser.add_argument("--memory", nargs=2, metavar=("SIZE", "ENGINE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ["NUMBA_NUM_THREADS"] = str(args.threads)
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")                  # idle threads of the BLAS sleep, not spin
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")                  # BLAS threads without work sleep at once
     import numpy  # noqa: F401 (its BLAS must be loaded before it can be limited)
     from threadpoolctl import threadpool_limits
     threadpool_limits(args.threads)
     if args.memory:
         print(json.dumps(extra_memory(*args.memory, args.threads)))
         return
-    from deltanet_ref.train.memory import keep_freed_memory
-    keep_freed_memory()                                    # for all engines, as in training: else new pages are timed too
-    rows = [row for size in SIZES for row in measure(size, args)]
+    import deltanet_ref.backends.numba_cpu  # noqa: F401 (keeps freed memory, so that no engine's new pages are timed)
+    rows = [row for size in (SIZES if args.full else DEFAULT) for row in measure(size, args)]
     record = dict(machine=machine(), threads=args.threads, rounds=args.rounds, versions=versions(), commit=commit(),
                   date=datetime.date.today().isoformat(), rows=rows)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "delta_rule.json").write_text(json.dumps(record, indent=1) + "\n")
     table = markdown(record)
     (RESULTS / "delta_rule.md").write_text(table)
-    draw(record, RESULTS / "delta_rule.svg")
+    if args.full:
+        draw(record, RESULTS / "delta_rule.svg")
     print(table)
 
 
 def measure(size, args):
-    """Rows of one size: every engine that can do it, checked, then timed in turns."""
+    """Rows of one size: the engines that support it, checked, then timed in turns."""
     arguments = random_arguments(**SIZES[size])
     engines = {name: make(arguments, args.threads) for name, make in available_engines(arguments).items()}
     exact = ops_engine(arguments, "float64")[1]()
@@ -68,22 +78,25 @@ def measure(size, args):
             if not error < NOISE:
                 sys.exit(f"{name} is wrong at {size}: relative error {error:.1e}; nothing was timed")
     times = {(name, work): [] for work in (0, 1) for name in engines}
-    for _ in range(args.rounds):
+    end = time.monotonic() + SECONDS
+    for done in range(args.rounds):
+        if done >= 3 and time.monotonic() > end:
+            break
         for (name, work), seconds in times.items():
             time.sleep(PAUSE)
             start = time.perf_counter()
             engines[name][work]()
             seconds.append(time.perf_counter() - start)
-    rows = []
-    for (name, work), seconds in times.items():
-        command = [sys.executable, __file__, "--threads", str(args.threads), "--memory", size, name, str(work)]
-        memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        rows.append(dict(size=size, engine=name, work=("forward", "forward + backward")[work],
-                         median_ms=1000 * statistics.median(seconds), least_ms=1000 * min(seconds), extra_MiB=memory))
-    return rows
+    memory = {}
+    for name in engines:
+        command = [sys.executable, __file__, "--threads", str(args.threads), "--memory", size, name]
+        memory[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return [dict(size=size, engine=name, work=("forward", "forward + backward")[work], rounds=len(seconds),
+                 median_ms=1000 * statistics.median(seconds), least_ms=1000 * min(seconds), extra_MiB=memory[name][work])
+            for (name, work), seconds in times.items()]
 
 
-# ---- the engines: each gives two functions, forward -> (o, S_end) and both -> (o, S_end, dq, dk, dv, dg, dbeta)
+# ---- the engines, each as two functions: forward -> (o, S_end), both -> (o, S_end, dq, dk, dv, dg, dbeta)
 
 def random_arguments(L, H_k, H_v, sequences=None):
     import numpy as np
@@ -151,17 +164,21 @@ def torch_engine(a, threads):
 
 # ---- what is measured besides time
 
-def extra_memory(size, engine, work, threads):
-    """MiB above what is resident, once everything is compiled and loaded by a run on few tokens."""
+def extra_memory(size, engine, threads):
+    """MiB above what is resident, of forward and of forward + backward. A run on few tokens compiles and loads first."""
     from deltanet_ref.train.memory import peak_memory, start_phase
     small = random_arguments(**SIZES[size] | dict(L=128, sequences=SIZES[size].get("sequences") and 4))
-    available_engines(small)[engine](small, threads)[int(work)]()
+    available_engines(small)[engine](small, threads)[1]()
     arguments = random_arguments(**SIZES[size])
-    run = available_engines(arguments)[engine](arguments, threads)[int(work)]
-    start_phase()
-    before = peak_memory()                                 # what is resident now
-    run()
-    return (peak_memory() - before) / 2**20
+    found = []
+    for run in available_engines(arguments)[engine](arguments, threads):
+        if sys.platform == "linux":
+            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)              # returns freed memory to the system
+        start_phase()
+        before = peak_memory()                             # what is resident now
+        run()
+        found.append((peak_memory() - before) / 2**20)
+    return found
 
 
 def relative(a, b):
@@ -192,23 +209,23 @@ def commit():
 
 
 def markdown(record):
-    """One table; times and memory of the peer divided by ours."""
-    lines = [f"# Gated delta rule, float32\n\n{record['machine']}; {record['threads']} threads; medians of "
+    """The table; its ratios compare each engine with numba."""
+    lines = [f"# Gated delta rule, float32\n\n{record['machine']}; {record['threads']} threads; medians of 3 to "
              f"{record['rounds']} rounds in turns; commit {record['commit']}, {record['date']}; "
              + ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + ".\n",
-             "| size | work | engine | ms | numba is faster by | extra MiB | numba needs |",
+             "| size | work | engine | ms | its time / numba's | extra MiB | numba's memory / its |",
              "|---|---|---|---|---|---|---|"]
     for row in record["rows"]:
         ours = next(other for other in record["rows"]
                     if (other["size"], other["work"], other["engine"]) == (row["size"], row["work"], "numba"))
         lines.append(f"| {row['size']} | {row['work']} | {row['engine']} | {row['median_ms']:.0f} | "
-                     f"{row['median_ms'] / ours['median_ms']:.1f} x | {row['extra_MiB']:.0f} | "
-                     f"{ours['extra_MiB'] / row['extra_MiB']:.2f} of it |")
+                     f"{row['median_ms'] / ours['median_ms']:.1f} | {row['extra_MiB']:.0f} | "
+                     f"{ours['extra_MiB'] / row['extra_MiB']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(record, path):
-    """Time and memory of forward + backward as the sequence grows, in a file. Without matplotlib: nothing."""
+    """Plot time and memory of forward + backward against the length to a file; does nothing without matplotlib."""
     if not importlib.util.find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
