@@ -10,8 +10,9 @@ import lzma
 import math
 from pathlib import Path
 
-import deltanet_ref as dr
 from corpus import HELD_OUT
+
+import deltanet_ref as dr
 from deltanet_ref.demo import demo
 from deltanet_ref.train.evaluate import mean_loss
 from deltanet_ref.train.memory import keep_freed_memory

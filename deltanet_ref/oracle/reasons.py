@@ -11,8 +11,15 @@ import numpy as np
 
 from deltanet_ref.model.tensors import VHeads, grouped_from_tiled
 from deltanet_ref.notation import value_to_key_head
-from deltanet_ref.ops import (rope_backward, rope_forward, rope_tables, sigmoid, silu, softmax_attention_forward,
-                              softplus)
+from deltanet_ref.ops import (
+    rope_backward,
+    rope_forward,
+    rope_tables,
+    sigmoid,
+    silu,
+    softmax_attention_forward,
+    softplus,
+)
 from deltanet_ref.oracle.trace import order_value_heads, stages_of
 
 EXPLAINED = 0.05              # a mistake is reported if it leaves at most this share of the difference
