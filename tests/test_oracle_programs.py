@@ -106,7 +106,8 @@ def test_a_broken_program_fails_only_its_own_case(capsys, tmp_path):
         if L == 127: sys.exit()
         if L == 128: del y["dk"]
         """, plain_numpy)
-    status, report, _ = check(capsys, "--exec", command, "--format", "npz", "--timeout", 300, "--cases", "delta/ragged-*")
+    status, report, _ = check(capsys, "--exec", command, "--format", "npz", "--timeout", 300,
+                              "--cases", "delta/ragged-*")
     found = {int(case["id"].split("-")[1]): case for case in report["cases"]}
     assert status == 1
     assert {L: case["status"] for L, case in found.items()} == {
