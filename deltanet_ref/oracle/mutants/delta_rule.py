@@ -1,7 +1,7 @@
 """THE table of mistakes in the gated delta rule: number in catalogue.py, title, and two ways to make it.
 
-`rule` changes the loop over tokens, `chunks` and `padded` the two chunked forms, `tokens` the first of them in chunks of
-one token. The steps and their correct equations are in forms.py, chunk_by_chunk.py and walk.py.
+`rule` changes the loop over tokens, `chunks` and `padded` the two chunked forms, `tokens` the first of them in chunks
+of one token. The steps and their correct equations are in forms.py, chunk_by_chunk.py and walk.py.
 """
 import numpy as np
 
