@@ -6,7 +6,7 @@ each form to ops at 1e-12 in float64.
 """
 import numpy as np
 
-from deltanet_ref.oracle.chunk_by_chunk import CHUNKED, decays, inverse, t
+from deltanet_ref.oracle.chunk_by_chunk import CHUNKED, decays, t
 from deltanet_ref.oracle.steps import Form, steps
 from deltanet_ref.oracle.walk import DeltaForm
 
