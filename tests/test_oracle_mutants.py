@@ -137,7 +137,8 @@ def test_rounded_operands_and_a_half_precision_state_are_caught_where_float32_is
 # ---- mistakes in code that is independent of the catalogue
 
 LOOP_FORWARD = {"read before write": 28, "error before decay": 28, "row 0's state for every row": 4,
-                "beta at most 1": 27, "keys normalised inside": 8, "keys normalised inside, 0/0": 8, "forgets at chunk borders": 4,
+                "beta at most 1": 27, "keys normalised inside": 8, "keys normalised inside, 0/0": 8,
+                "forgets at chunk borders": 4,
                 "decay clamped": 5, "half precision state": 18, "tail of 16 not written": 13, "heads modulo": 2}
 LOOP_BACKWARD = {"dS_end ignored": 14, "dq without scale": 7, "dv without beta": 11, "dbeta without the read": 11,
                  "dk without the erased part": 11, "dS not through the erased part": 11, "dg without the decay": 6,

@@ -16,7 +16,7 @@ value, a dict with any of gc A T U W V_new S, is judged too. See deltanet_ref/or
 
 exit status:
   0  every case passes            2  bad usage or input: nothing was judged
-  1  a case fails                 3  an internal error of the kit, not a verdict; cases judged before it are reported
+  1  a case fails                 3  an internal error of the kit, which is not a verdict on the implementation
 """
 
 
