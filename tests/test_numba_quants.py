@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 
 import deltanet_ref as dr
 from deltanet_ref.backends import numba_cpu as nb
-from deltanet_ref.backends.numba_cpu import kernel
+from deltanet_ref.backends.numba_cpu import threads as kernel_threads
 from deltanet_ref.backends.numba_cpu import quants as stored
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
@@ -161,16 +161,16 @@ def test_a_product_that_does_not_fit_is_refused():
 
 def test_several_tensors_at_once_give_the_bits_of_one_at_a_time_on_any_number_of_threads():
     tensors = [random_tensor(kind, 11 * i + 300, 512, seed=i) for i, kind in enumerate(stored.LAYOUTS)]
-    before = kernel.set_threads(1)
+    before = kernel_threads.set_threads(1)
     try:
         for rows in (1, 5):
             x = np.random.default_rng(rows).standard_normal((rows, 512), np.float32)
             alone = [products([tensor], x)[0] for tensor in tensors]
             for threads in (1, 2, 3, 7):
-                kernel.set_threads(threads)
+                kernel_threads.set_threads(threads)
                 assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(products(tensors, x), alone, strict=True))
     finally:
-        kernel.set_threads(before)
+        kernel_threads.set_threads(before)
 
 
 def test_a_tensor_larger_than_a_panel_is_multiplied_panel_by_panel(monkeypatch):
@@ -217,10 +217,10 @@ def test_a_quantised_model_equals_hf_on_the_decoded_values_token_by_token_too(na
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_modes_keep_what_they_say(backend, monkeypatch):
     """auto: what the gguf package would have to decode, where it fits."""
-    file, decoder = read_gguf(MODELS["Q4_K_M"]), nb if backend == "numba" else quants
+    file = read_gguf(MODELS["Q4_K_M"])
 
     def kept(mode, name="blk.2.attn_qkv.weight"):
-        weights = weights_from_gguf(file, "float32", mode, decoder)[1]
+        weights = weights_from_gguf(file, "float32", dr.get_backend(backend), mode)[1]
         return weights[name] is weights[name]
 
     assert kept("mapped", "blk.0.ssm_norm.weight")                                     # float32 in the file: its map
@@ -244,7 +244,7 @@ def test_mapped_weights_leave_one_panel_behind_and_stay_as_they_are(monkeypatch)
 
 
 def test_rows_are_those_of_the_whole():
-    weights = weights_from_gguf(read_gguf(MODELS["Q4_K_M"]), "float32", "mapped", nb)[1]
+    weights = weights_from_gguf(read_gguf(MODELS["Q4_K_M"]), "float32", nb)[1]
     tensor = read_gguf(MODELS["Q4_K_M"]).tensors["token_embd.weight"]
     whole = quants.dequantize(tensor.raw, tensor.type, tensor.shape)
     for ids in (np.array([479, 3, 3, 0]), slice(7, 100), slice(470, 999)):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deltanet_ref.errors import InputError
+from deltanet_ref.ops import linear as numpy_linear
 from deltanet_ref.ops.cross_entropy import kept_rows
 
 BLOCK = 4096                  # rows of w at a time
@@ -37,7 +38,7 @@ def linear_cross_entropy_forward(x, w, labels, *, ignore_index=-100, count=None,
     returns        loss (a scalar in the dtype of x; 0 when nothing is kept), cache
     raises         InputError for a kept label outside 0 .. V-1, labels of another length, count < 1, another width of w
     """
-    return one_pass(x, w, labels, ignore_index, count, need_gradient, accumulate)
+    return one_pass(numpy_linear, x, w, labels, ignore_index, count, need_gradient, accumulate)
 
 
 def linear_cross_entropy_backward(dloss, cache, need_dw=True):
@@ -45,11 +46,12 @@ def linear_cross_entropy_backward(dloss, cache, need_dw=True):
 
     dloss a scalar -> dx (rows, D), dw (V, D) or None without need_dw
     """
-    return gradients(dloss, cache, need_dw, probabilities)
+    return gradients(numpy_linear, dloss, cache, need_dw, probabilities)
 
 
-def one_pass(x, w, labels, ignore_index, count, need_gradient, accumulate):
-    """linear_cross_entropy_forward, with the element-wise work on a block as a function."""
+def one_pass(linear, x, w, labels, ignore_index, count, need_gradient, accumulate):
+    """linear_cross_entropy_forward with the linear maps of a module like ops.linear, and the element-wise work on a
+    block as a function."""
     if w[:1].shape[1:] != x.shape[1:]:
         raise InputError(f"x has {x.shape[1]} features and the rows of w {w[:1].shape[1]}: w must be (V, {x.shape[1]})")
     kept, count = kept_rows(labels, len(x), len(w), ignore_index, count)
@@ -61,12 +63,12 @@ def one_pass(x, w, labels, ignore_index, count, need_gradient, accumulate):
     label_row = np.zeros_like(weighted)
     for start in range(0, len(w), BLOCK):
         rows = w[start:start + BLOCK]
-        s = x @ rows.T                                                     # 1  logits of the block
+        s = linear.linear_forward(x, rows)                                 # 1  logits of the block
         here = np.flatnonzero((labels >= start) & (labels < start + len(rows)))
         label_logit[here] = s[here, labels[here] - start]
         accumulate(s, peak, total, weighted)                               # 2  s = exp(s - peak), total = sum_v s
         if need_gradient:
-            weighted += s @ rows                                           # 3  weighted = sum_v s_v w_v
+            weighted += linear.linear_backward_input(s, rows)              # 3  weighted = sum_v s_v w_v
             label_row[here] = rows[labels[here] - start]
     loss = (np.log(total[:, 0]) + (peak[:, 0] - label_logit)).sum() / count                # 4  mean of -log p
     if need_gradient:
@@ -75,8 +77,8 @@ def one_pass(x, w, labels, ignore_index, count, need_gradient, accumulate):
     return loss, LinearCrossEntropyCache(x, w, labels, kept, peak, total, weighted, s, count)
 
 
-def gradients(dloss, cache, need_dw, probabilities):
-    """linear_cross_entropy_backward, with the element-wise work on a block as a function."""
+def gradients(linear, dloss, cache, need_dw, probabilities):
+    """linear_cross_entropy_backward, likewise."""
     x, w, labels, kept, peak, total, dx_row, last, count = cache
     share = np.asarray(dloss / count, x.dtype)
     # 5..1  loss = mean of -log softmax(x w^T)[label], with respect to x
@@ -88,10 +90,10 @@ def gradients(dloss, cache, need_dw, probabilities):
     dw = np.empty((len(w), x.shape[1]), x.dtype)
     for start in range(0, len(w), BLOCK):
         rows = slice(start, min(start + BLOCK, len(w)))
-        p = last / total if rows.stop == len(w) else probabilities(x @ w[rows].T, peak, total)
+        p = last / total if rows.stop == len(w) else probabilities(linear.linear_forward(x, w[rows]), peak, total)
         here = np.flatnonzero((labels >= start) & (labels < rows.stop))
         p[here, labels[here] - start] -= 1
-        dw[rows] = p.T @ (share * x)
+        dw[rows] = linear.linear_backward_weight(p, share * x)
     return dx, dw
 
 

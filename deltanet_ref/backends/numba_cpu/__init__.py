@@ -14,7 +14,7 @@ from deltanet_ref.backends.numba_cpu.delta_rule import (gated_delta_rule_backwar
                                                         gated_delta_rule_step)
 from deltanet_ref.backends.numba_cpu.gates import (decay_gate_backward, decay_gate_forward, sigmoid_gate_backward,
                                                    sigmoid_gate_forward, swiglu_backward, swiglu_forward)
-from deltanet_ref.backends.numba_cpu.kernel import set_threads
+from deltanet_ref.backends.numba_cpu.linear import linear_backward_input, linear_backward_weight, linear_forward
 from deltanet_ref.backends.numba_cpu.lora_linear import lora_backward, lora_forward
 from deltanet_ref.backends.numba_cpu.norms import (gated_rms_norm_backward, gated_rms_norm_forward, l2_norm_backward,
                                                    l2_norm_forward, rms_norm_backward, rms_norm_forward)
@@ -22,8 +22,8 @@ from deltanet_ref.backends.numba_cpu.quants import (FEW, decodes, dequantize, st
                                                      stored_linear_forward)
 from deltanet_ref.backends.numba_cpu.rope import rope_backward, rope_forward
 from deltanet_ref.backends.numba_cpu.softmax_attention import softmax_attention_backward, softmax_attention_forward
-from deltanet_ref.ops import (embedding_backward, embedding_forward, linear_backward_input, linear_backward_weight,
-                              linear_forward, rope_tables, to_host, xp)
+from deltanet_ref.backends.numba_cpu.threads import set_threads
+from deltanet_ref.ops import embedding_backward, embedding_forward, rope_tables, to_host, xp
 
 name, device = "numba", None
 stored = SimpleNamespace(few_rows=FEW, decodes=decodes, dequantize=dequantize, linear_forward=stored_linear_forward,

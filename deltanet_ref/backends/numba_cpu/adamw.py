@@ -2,7 +2,8 @@
 import math
 
 from deltanet_ref import ops
-from deltanet_ref.backends.numba_cpu.kernel import blocks_of, heads, kernel, row, rows_of, same_float
+from deltanet_ref.backends.numba_cpu.arrays import blocks_of, heads, row, rows_of, same_float
+from deltanet_ref.backends.numba_cpu.compiler import kernel
 
 
 def adamw_update(p, g, m, v, *, t, lr, betas, eps, weight_decay):

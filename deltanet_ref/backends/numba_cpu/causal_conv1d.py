@@ -1,17 +1,19 @@
-"""Causal convolution and SiLU in one pass: a task is TILE channels through all tokens of all sequences.
+"""Causal convolution and SiLU in one pass: a task computes TILE channels at all tokens of all sequences.
 
-Mathematics: docs/derivations/causal-conv.md. The convolution is computed again in backward instead of being kept. A
-task owns its channels, so weight gradients need no sum over tasks.
+Mathematics: docs/derivations/causal-conv.md. Backward recomputes the convolution. A task owns its channels, so weight
+gradients need no sum over tasks.
 """
 from typing import NamedTuple
 
 import numpy as np
 
 from deltanet_ref import ops
-from deltanet_ref.backends.numba_cpu.kernel import heads, inlined, kernel, row, same_float, sigmoid
+from deltanet_ref.backends.numba_cpu.arrays import heads, row, same_float
+from deltanet_ref.backends.numba_cpu.compiler import inlined, kernel
+from deltanet_ref.backends.numba_cpu.elementary import sigmoid, silu_derivative
 from deltanet_ref.ops.sequences import sequence_boundaries
 
-TILE = 512                    # channels of a task: what it touches at a token stays in the first-level cache
+TILE = 512                    # channels of a task: its data of one token stays in the first-level cache
 
 
 class CausalConv1dCache(NamedTuple):
@@ -56,32 +58,26 @@ def _tokens(x):
 
 
 def _taps(w):
-    """(ch, K) as (K, ch): the weights of one tap beside one another."""
+    """(ch, K) as (K, ch): the weights of one tap next to one another."""
     return np.ascontiguousarray(w.T)
 
 
 @kernel("r3 r2 r3 i1 w3 w3")
 def _forward(first, last, x, taps, state, cu_seqlens, y, state_end):
-    K = len(taps)
     for tile in range(first, last):
         low, high = tile * TILE, min(tile * TILE + TILE, x.shape[2])
         for n in range(len(state)):
             start, end = cu_seqlens[n], cu_seqlens[n + 1]
             for t in range(start, end):
-                y_t = row(y, t, 0)[low:high]
-                _convolve(x, taps, state, n, start, t, low, high, y_t)
-                for m in range(len(y_t)):
-                    y_t[m] *= sigmoid(y_t[m])
-            for i in range(K - 1):
-                seen, kept = _at(x, state, n, start, end - (K - 1) + i), row(state_end, n, i)
-                kept[low:high] = seen[low:high]
+                convolve_silu(x, taps[:, low:high], state, n, start, t, low, row(y, t, 0)[low:high])
+            keep_inputs(x, state, n, start, end, low, high, state_end)
 
 
 @kernel("r3 r3 r3 r2 r3 i1 i w3 w2 w3")
 def _backward(first, last, dy, dstate_end, x, taps, state, cu_seqlens, need_dw, dx, dtaps, dstate):
-    """dx, dtaps and dstate, at first zero, receive what each token of the convolution gives to the inputs it saw."""
-    K = len(taps)
-    one, buffer = x.dtype.type(1), np.empty(TILE, x.dtype)
+    """Each token of the convolution adds to the gradients of the inputs that it read, in dx and dstate, and to dtaps;
+    all three are zero at first."""
+    K, buffer = len(taps), np.empty(TILE, x.dtype)
     for tile in range(first, last):
         low, high = tile * TILE, min(tile * TILE + TILE, x.shape[2])
         dc = buffer[:high - low]
@@ -89,10 +85,9 @@ def _backward(first, last, dy, dstate_end, x, taps, state, cu_seqlens, need_dw, 
             start, end = cu_seqlens[n], cu_seqlens[n + 1]
             for t in range(start, end):
                 dy_t = row(dy, t, 0)[low:high]
-                _convolve(x, taps, state, n, start, t, low, high, dc)
+                _convolve(x, taps[:, low:high], state, n, start, t, low, dc)
                 for m in range(len(dc)):
-                    s = sigmoid(dc[m])
-                    dc[m] = dy_t[m] * s * (one + dc[m] * (one - s))        # SiLU' = s + x s (1 - s)
+                    dc[m] = dy_t[m] * silu_derivative(dc[m], sigmoid(dc[m]))
                 for i in range(K):
                     tap, dseen = row(taps, i)[low:high], _at(dx, dstate, n, start, t - (K - 1) + i)[low:high]
                     for m in range(len(dc)):
@@ -108,11 +103,32 @@ def _backward(first, last, dy, dstate_end, x, taps, state, cu_seqlens, need_dw, 
 
 
 @inlined
-def _convolve(x, taps, state, n, start, t, low, high, c):
+def convolve_silu(x, taps, state, n, start, t, low, y):
+    """y = SiLU of the convolution at token t of sequence n, which starts at `start`, for channels low, low + 1, ...
+
+    x (T, 1, ch), state (N, K-1, ch); y (c,) and taps (K, c) with those channels only
+    """
+    _convolve(x, taps, state, n, start, t, low, y)
+    for m in range(len(y)):
+        y[m] *= sigmoid(y[m])
+
+
+@inlined
+def keep_inputs(x, state, n, start, end, low, high, state_end):
+    """state_end = the last K-1 inputs of sequence n, tokens start .. end - 1, for channels low .. high - 1."""
+    K = state.shape[1] + 1
+    for i in range(K - 1):
+        seen, kept = _at(x, state, n, start, end - (K - 1) + i)[low:high], row(state_end, n, i)[low:high]
+        for m in range(len(kept)):
+            kept[m] = seen[m]
+
+
+@inlined
+def _convolve(x, taps, state, n, start, t, low, c):
     """c = sum over i of w_i x_{t - (K-1) + i}."""
     K = len(taps)
     for i in range(K):
-        tap, seen = row(taps, i)[low:high], _at(x, state, n, start, t - (K - 1) + i)[low:high]
+        tap, seen = row(taps, i), _at(x, state, n, start, t - (K - 1) + i)[low:low + len(c)]
         if i == 0:
             for m in range(len(c)):
                 c[m] = tap[m] * seen[m]
@@ -123,5 +139,5 @@ def _convolve(x, taps, state, n, start, t, low, high, c):
 
 @inlined
 def _at(x, state, n, start, t):
-    """The row of token t, in the state of sequence n when it lies before the sequence's start."""
+    """The row of token t, from the state of sequence n if t lies before its start."""
     return row(x, t, 0) if t >= start else row(state, n, state.shape[1] + t - start)

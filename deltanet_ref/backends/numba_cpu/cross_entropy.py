@@ -4,12 +4,15 @@ Mathematics: docs/derivations/cross-entropy.md.
 """
 import numpy as np
 
-from deltanet_ref.backends.numba_cpu.kernel import exp, inlined, kernel, row, same_float
+from deltanet_ref.backends.numba_cpu import linear
+from deltanet_ref.backends.numba_cpu.arrays import row, same_float
+from deltanet_ref.backends.numba_cpu.compiler import inlined, kernel
+from deltanet_ref.backends.numba_cpu.elementary import exp
 from deltanet_ref.ops.cross_entropy import CrossEntropyCache, kept_rows
 from deltanet_ref.ops.linear_cross_entropy import gradients, one_pass
 
-LANES = 64                    # maxima that are followed side by side: one would depend on the one before
-SPAN = 1024                   # terms that are summed in the working precision, before float64
+LANES = 64                    # running maxima of interleaved elements: a single one would be a chain of dependent steps
+SPAN = 1024                   # terms summed in the working precision; the sums of spans are added in float64
 
 
 def cross_entropy_forward(logits, labels, *, ignore_index=-100, count=None):
@@ -35,17 +38,17 @@ def cross_entropy_backward(dloss, cache):
 def linear_cross_entropy_forward(x, w, labels, *, ignore_index=-100, count=None, need_gradient=True):
     """loss, cache: arguments, returns and errors as ops.linear_cross_entropy_forward."""
     same_float(x, w[:1])
-    return one_pass(x, w, labels, ignore_index, count, need_gradient, _absorb)
+    return one_pass(linear, x, w, labels, ignore_index, count, need_gradient, _accumulate)
 
 
 def linear_cross_entropy_backward(dloss, cache, need_dw=True):
     """dx, dw: as ops.linear_cross_entropy_backward."""
-    return gradients(dloss, cache, need_dw, _probabilities)
+    return gradients(linear, dloss, cache, need_dw, _probabilities)
 
 
-def _absorb(s, peak, total, pull):
-    """As ops.linear_cross_entropy.absorb."""
-    _absorb_row(len(s), s, peak, total, pull)
+def _accumulate(s, peak, total, weighted):
+    """As ops.linear_cross_entropy.accumulate."""
+    _accumulate_row(len(s), s, peak, total, weighted)
 
 
 def _probabilities(s, peak, total):
@@ -55,15 +58,15 @@ def _probabilities(s, peak, total):
 
 
 @kernel("w2 w2 w2 w2")
-def _absorb_row(first, last, s, peak, total, pull):
+def _accumulate_row(first, last, s, peak, total, weighted):
     for t in range(first, last):
-        s_t, pull_t = row(s, t), row(pull, t)
+        s_t, weighted_t = row(s, t), row(weighted, t)
         before, highest = peak[t, 0], _max(s_t)
         top = highest if highest > before else before
         shrink = exp(before - top)
         peak[t, 0], total[t, 0] = top, total[t, 0] * shrink + _replace_by_exp(s_t, top)
-        for m in range(len(pull_t)):
-            pull_t[m] *= shrink
+        for m in range(len(weighted_t)):
+            weighted_t[m] *= shrink
 
 
 @kernel("w2 r2 r2")
@@ -77,9 +80,11 @@ def _softmax_row(first, last, s, peak, total):
 @kernel("r2 w2 w2")
 def _totals(first, last, logits, peak, total):
     """peak = max over v, total = sum over v of exp(logit - peak)."""
+    terms = np.empty(logits.shape[1], logits.dtype)
     for t in range(first, last):
-        top = _max(row(logits, t))
-        peak[t, 0], total[t, 0] = top, _sum_exp(row(logits, t), top)
+        terms[:] = row(logits, t)
+        top = _max(terms)
+        peak[t, 0], total[t, 0] = top, _replace_by_exp(terms, top)
 
 
 @kernel("r2 i1 i1 r2 r2 f w2")
@@ -116,23 +121,12 @@ def _max(x):
 
 @inlined
 def _replace_by_exp(x, top):
-    """x = exp(x - top). Returns its sum."""
+    """x = exp(x - top). Returns the sum of x."""
     total = 0.0
     for start in range(0, len(x), SPAN):
         part, s = x[start:start + SPAN], x.dtype.type(0)
         for j in range(len(part)):
             part[j] = exp(part[j] - top)
             s += part[j]
-        total += s
-    return total
-
-
-@inlined
-def _sum_exp(x, top):
-    total = 0.0
-    for start in range(0, len(x), SPAN):
-        part, s = x[start:start + SPAN], x.dtype.type(0)
-        for j in range(len(part)):
-            s += exp(part[j] - top)
         total += s
     return total

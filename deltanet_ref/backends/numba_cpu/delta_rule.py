@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deltanet_ref.backends.numba_cpu.arrays import row, same_float
 from deltanet_ref.backends.numba_cpu.blas import gemm, solve, solve_transposed
-from deltanet_ref.backends.numba_cpu.kernel import exp, inlined, kernel, row, same_float
+from deltanet_ref.backends.numba_cpu.compiler import inlined, kernel
+from deltanet_ref.backends.numba_cpu.elementary import exp
 from deltanet_ref.ops.gated_delta_rule.arguments import Arguments, arguments, incoming_gradients
 from deltanet_ref.ops.gated_delta_rule.chunk import chunk_counts
 
@@ -203,28 +205,31 @@ def _backward(first, last, do, q, k, v, g, beta, scale, cu_seqlens, chunks, key_
 
 @kernel("r3 r3 r3 r2 r2 f i1 r4 w3 w4")
 def _step(first, last, q, k, v, g, beta, scale, key_head, S, o, S_new):
-    """[delta.1..4] in two passes over S: k S and q S, then S and o = scale (exp(g) q S + (q k) u)."""
-    u = np.empty(v.shape[2], v.dtype)
     for task in range(first, last):
         n, h = task // v.shape[1], task % v.shape[1]
-        q_n, k_n, v_n, o_n = row(q, n, key_head[h]), row(k, n, key_head[h]), row(v, n, h), row(o, n, h)
-        decay, qk = exp(g[n, h]), q.dtype.type(0)
-        u[:] = 0
-        o_n[:] = 0
-        for i in range(len(k_n)):
-            S_i = row(S, n, h, i)
-            qk += q_n[i] * k_n[i]
-            for m in range(len(v_n)):              # a loop for each: with more arrays at once it is not vectorised
-                u[m] += k_n[i] * S_i[m]
-            for m in range(len(v_n)):
-                o_n[m] += q_n[i] * S_i[m]
-        for m in range(len(v_n)):
-            u[m] = beta[n, h] * (v_n[m] - decay * u[m])
-            o_n[m] = scale * (decay * o_n[m] + qk * u[m])
-        for i in range(len(k_n)):
-            S_i, S_new_i = row(S, n, h, i), row(S_new, n, h, i)
-            for m in range(len(v_n)):
-                S_new_i[m] = decay * S_i[m] + k_n[i] * u[m]
+        token(row(q, n, key_head[h]), row(k, n, key_head[h]), row(v, n, h), exp(g[n, h]), beta[n, h], scale, S[n, h],
+              row(o, n, h), S_new[n, h])
+
+
+@inlined
+def token(q, k, v, decay, beta, scale, S, o, S_new):
+    """[delta.1..4] in two passes over S (d_k, d_v): k S and q S, then S_new and o = scale (decay q S + (q k) u)."""
+    u, qk = np.zeros(len(v), v.dtype), v.dtype.type(0)
+    o[:] = 0
+    for i in range(len(k)):
+        S_i = row(S, i)
+        qk += q[i] * k[i]
+        for m in range(len(v)):                    # a loop for each sum: LLVM does not vectorise both in one
+            u[m] += k[i] * S_i[m]
+        for m in range(len(v)):
+            o[m] += q[i] * S_i[m]
+    for m in range(len(v)):
+        u[m] = beta * (v[m] - decay * u[m])
+        o[m] = scale * (decay * o[m] + qk * u[m])
+    for i in range(len(k)):
+        S_i, S_new_i = row(S, i), row(S_new, i)
+        for m in range(len(v)):
+            S_new_i[m] = decay * S_i[m] + k[i] * u[m]
 
 
 @inlined

@@ -1,6 +1,6 @@
 """Element-wise gates, one pass each: the decay gate, SwiGLU, the sigmoid gate of attention.
 
-Mathematics: docs/derivations/gates.md, swiglu.md, attention.md. Everything is computed again in backward.
+Mathematics: docs/derivations/gates.md, swiglu.md, attention.md. Backward recomputes everything from the inputs.
 """
 import math
 from typing import NamedTuple
@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from deltanet_ref import ops
-from deltanet_ref.backends.numba_cpu.kernel import blocks_of, heads, kernel, row, rows_of, same_float, sigmoid
+from deltanet_ref.backends.numba_cpu.arrays import blocks_of, heads, row, rows_of, same_float
+from deltanet_ref.backends.numba_cpu.compiler import kernel
+from deltanet_ref.backends.numba_cpu.elementary import sigmoid, silu_derivative, softplus
 from deltanet_ref.ops.softmax_attention import SigmoidGateCache
 from deltanet_ref.ops.swiglu import SwigluCache
 
@@ -87,7 +89,7 @@ def _decay_gate(first, last, a, b, A_log, dt_bias, g, beta):
         for i in rows_of(a, first, last):
             t, j = i // a.shape[1], i % a.shape[1]
             x = np.float64(a[t, j, h]) + dt_bias[h]
-            g[t, j, h] = -A * (max(x, 0.0) + math.log1p(math.exp(-abs(x))))            # softplus, stable
+            g[t, j, h] = -A * softplus(x)
             beta[t, j, h] = sigmoid(b[t, j, h])
 
 
@@ -100,9 +102,8 @@ def _decay_gate_backward(first, last, dg, dbeta, a, A_log, dt_bias, beta, da, db
             for i in rows_of(a, block, block + 1):
                 t, j = i // a.shape[1], i % a.shape[1]
                 x = np.float64(a[t, j, h]) + dt_bias[h]
-                e = math.exp(-abs(x))
-                through_A -= A * (max(x, 0.0) + math.log1p(e)) * dg[t, j, h]
-                dx = -A * ((1.0 if x > 0 else e) / (1.0 + e)) * dg[t, j, h]
+                through_A -= A * softplus(x) * dg[t, j, h]
+                dx = -A * sigmoid(x) * dg[t, j, h]                          # softplus' = sigmoid
                 through_x += dx
                 da[t, j, h] = dx
                 db[t, j, h] = dbeta[t, j, h] * beta[t, j, h] * (one - beta[t, j, h])
@@ -120,16 +121,14 @@ def _swiglu(first, last, gate, up, y):
 
 @kernel("r3 r3 r3 w3 w3")
 def _swiglu_backward(first, last, dy, gate, up, dgate, dup):
-    one = gate.dtype.type(1)
     for i in rows_of(gate, first, last):
         t, h = i // gate.shape[1], i % gate.shape[1]
         dy_i, gate_i, up_i = row(dy, t, h), row(gate, t, h), row(up, t, h)
         dgate_i, dup_i = row(dgate, t, h), row(dup, t, h)
         for m in range(len(dy_i)):
             s = sigmoid(gate_i[m])
-            silu = gate_i[m] * s
-            dgate_i[m] = dy_i[m] * up_i[m] * (s + silu * (one - s))    # SiLU' = s + SiLU (1 - s)
-            dup_i[m] = dy_i[m] * silu
+            dgate_i[m] = dy_i[m] * up_i[m] * silu_derivative(gate_i[m], s)
+            dup_i[m] = dy_i[m] * gate_i[m] * s
 
 
 @kernel("r3 r3 w3")

@@ -1,13 +1,15 @@
 """L2 norm, RMS norm and gated RMS norm, one pass over each row. Mathematics: docs/derivations/norms.md.
 
-Weight gradients are summed over blocks of rows that do not depend on the threads, then over the blocks in their order.
+Weight gradients are summed over fixed blocks of rows, then over the blocks in order, whatever the number of threads.
 """
 import math
 
 import numpy as np
 
 from deltanet_ref import ops
-from deltanet_ref.backends.numba_cpu.kernel import blocks_of, heads, inlined, kernel, row, rows_of, same_float, sigmoid
+from deltanet_ref.backends.numba_cpu.arrays import blocks_of, heads, row, rows_of, same_float
+from deltanet_ref.backends.numba_cpu.compiler import inlined, kernel
+from deltanet_ref.backends.numba_cpu.elementary import sigmoid, silu_derivative
 from deltanet_ref.ops.l2_norm import L2NormCache
 from deltanet_ref.ops.rms_norm import GatedRMSNormCache, RMSNormCache
 
@@ -69,7 +71,7 @@ def gated_rms_norm_backward(dy, cache, need_dw=True):
 
 
 def _partial_dw(x, need_dw):
-    """Room for each block's sum over its rows."""
+    """Zeros for the sum of each block over its rows, (blocks, d); no blocks without need_dw."""
     return np.zeros((blocks_of(x) if need_dw else 0, x.shape[-1]), x.dtype)
 
 
@@ -78,7 +80,7 @@ def _l2_norm(first, last, x, eps, y, r):
     for i in rows_of(x, first, last):
         t, h = i // x.shape[1], i % x.shape[1]
         x_i, y_i = row(x, t, h), row(y, t, h)
-        r_i = r.dtype.type(1 / math.sqrt(_squares(x_i) + eps))
+        r_i = inverse_length(x_i, eps)
         r[t, h, 0] = r_i
         for m in range(len(x_i)):
             y_i[m] = x_i[m] * r_i
@@ -101,7 +103,7 @@ def _rms_norm(first, last, x, w, eps, y, r):
     for i in rows_of(x, first, last):
         t, h = i // x.shape[1], i % x.shape[1]
         x_i, y_i, w_ = row(x, t, h), row(y, t, h), row(w)
-        r_i = r.dtype.type(1 / math.sqrt(_squares(x_i) / len(x_i) + eps))
+        r_i = inverse_rms(x_i, eps)
         r[t, h, 0] = r_i
         for m in range(len(x_i)):
             y_i[m] = x_i[m] * r_i * w_[m]
@@ -127,15 +129,13 @@ def _gated_rms_norm(first, last, x, z, w, eps, y, r):
     for i in rows_of(x, first, last):
         t, h = i // x.shape[1], i % x.shape[1]
         x_i, z_i, y_i, w_ = row(x, t, h), row(z, t, h), row(y, t, h), row(w)
-        r_i = r.dtype.type(1 / math.sqrt(_squares(x_i) / len(x_i) + eps))
+        r_i = inverse_rms(x_i, eps)
         r[t, h, 0] = r_i
-        for m in range(len(x_i)):
-            y_i[m] = x_i[m] * r_i * w_[m] * z_i[m] * sigmoid(z_i[m])
+        gated_row(x_i, r_i, w_, z_i, y_i)
 
 
 @kernel("r3 r3 r3 r3 r1 i w3 w3 w2")
 def _gated_rms_norm_backward(first, last, dy, x, z, r, w, need_dw, dx, dz, dw):
-    one = x.dtype.type(1)
     for block in range(first, last):
         w_, dw_ = row(w), row(dw, block)
         for i in rows_of(x, block, block + 1):
@@ -144,15 +144,33 @@ def _gated_rms_norm_backward(first, last, dy, x, z, r, w, need_dw, dx, dz, dw):
             r_i = r[t, h, 0]
             for m in range(len(x_i)):
                 s, n = sigmoid(z_i[m]), x_i[m] * r_i
-                gate = s * z_i[m]
-                dz_i[m] = dy_i[m] * n * w_[m] * (s + gate * (one - s))       # SiLU' = s + SiLU (1 - s)
-                dx_i[m] = dy_i[m] * gate
+                dz_i[m] = dy_i[m] * n * w_[m] * silu_derivative(z_i[m], s)
+                dx_i[m] = dy_i[m] * s * z_i[m]
             if need_dw:
                 for m in range(len(x_i)):
                     dw_[m] += dx_i[m] * x_i[m] * r_i
             for m in range(len(x_i)):
                 dx_i[m] *= w_[m]
             _normalised_backward(x_i, r_i, dx_i)
+
+
+@inlined
+def inverse_length(x, eps):
+    """1 / sqrt(sum(x^2) + eps)."""
+    return x.dtype.type(1 / math.sqrt(_squares(x) + eps))
+
+
+@inlined
+def inverse_rms(x, eps):
+    """1 / sqrt(mean(x^2) + eps)."""
+    return x.dtype.type(1 / math.sqrt(_squares(x) / len(x) + eps))
+
+
+@inlined
+def gated_row(x, r, w, z, y):
+    """y = x r w SiLU(z)."""
+    for m in range(len(x)):
+        y[m] = x[m] * r * w[m] * z[m] * sigmoid(z[m])
 
 
 @inlined
@@ -165,7 +183,7 @@ def _squares(x):
 
 @inlined
 def _normalised_backward(x, r, dx):
-    """dx holds dn and becomes r (dn - n mean(n dn)) with n = x r [norm.7]."""
+    """dx holds dn, and is replaced by r (dn - n mean(n dn)) with n = x r [norm.7]."""
     total = x.dtype.type(0)
     for m in range(len(x)):
         total += x[m] * dx[m]

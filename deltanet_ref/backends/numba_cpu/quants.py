@@ -19,7 +19,10 @@ from gguf.constants import GGMLQuantizationType as Type
 from numba import from_dtype
 from numba.extending import overload
 
-from deltanet_ref.backends.numba_cpu.kernel import INLINED, inlined, kernel, row, run_together
+from deltanet_ref.backends.numba_cpu.arrays import row
+from deltanet_ref.backends.numba_cpu.compiler import INLINED, inlined, kernel
+from deltanet_ref.backends.numba_cpu.linear import product
+from deltanet_ref.backends.numba_cpu.threads import run_together
 from deltanet_ref.backends.numba_cpu.vectors import (add_pairs, fields, filled, half_to_float, high, join, lane, load,
                                                      lookup, low, multiply_add, repeated, signed, store, to_float,
                                                      total, unrolled, upper_half_to_float, widened)
@@ -236,7 +239,7 @@ def stored_linear_forward(x, tensors):
     else:
         for tensor, y in zip(tensors, ys):
             for part, w in panels(tensor):
-                np.matmul(rows, w.T, out=y[:, part])
+                product(rows, w.T, y[:, part])
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
@@ -245,8 +248,7 @@ def stored_linear_backward_input(dy, tensor):
     _check(dy, tensor, axis=0)
     rows, dx = dy.reshape(-1, dy.shape[-1]), None
     for part, w in panels(tensor):
-        product = rows[:, part] @ w
-        dx = product if dx is None else np.add(dx, product, out=dx)
+        dx = product(rows[:, part], w, dx, add=dx is not None)
     return dx.reshape(*dy.shape[:-1], -1)
 
 

@@ -2,7 +2,8 @@
 import numpy as np
 
 from deltanet_ref import ops
-from deltanet_ref.backends.numba_cpu.kernel import blocks_of, heads, kernel, row, rows_of, same_float
+from deltanet_ref.backends.numba_cpu.arrays import blocks_of, heads, row, rows_of, same_float
+from deltanet_ref.backends.numba_cpu.compiler import kernel
 
 
 def rope_forward(x, cos, sin):

@@ -6,9 +6,11 @@ keys as rows: the maximum and the sum over keys then go element-wise along a row
 """
 import numpy as np
 
-from deltanet_ref.backends.numba_cpu import kernel as threads
+from deltanet_ref.backends.numba_cpu import threads
+from deltanet_ref.backends.numba_cpu.arrays import heads, row, same_float
 from deltanet_ref.backends.numba_cpu.blas import gemm
-from deltanet_ref.backends.numba_cpu.kernel import exp, heads, inlined, kernel, row, same_float
+from deltanet_ref.backends.numba_cpu.compiler import inlined, kernel
+from deltanet_ref.backends.numba_cpu.elementary import exp
 from deltanet_ref.ops.sequences import sequence_boundaries
 from deltanet_ref.ops.softmax_attention import SoftmaxAttentionCache, _check_shapes
 
