@@ -7,6 +7,7 @@ import pytest
 from gguf import GGUFReader, GGUFValueType
 from safetensors.numpy import load_file, save_file
 
+from deltanet_ref import ops
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
 from deltanet_ref.lora.adapter import load_adapter, new_adapter
@@ -20,14 +21,17 @@ MODELS = ["eq", "grouped"]
 ADAPTER = {"general.architecture": "qwen35", "general.type": "adapter", "adapter.type": "lora"}
 
 
+def model_of(config, dtype="float32"):
+    """The parts of a model that an adapter needs."""
+    return SimpleNamespace(config=config, dtype=np.dtype(dtype), backend=ops)
+
+
 def fixture_model(name, dtype="float32"):
-    """The parts of a model that an adapter needs: config and dtype."""
-    config = Config.from_hf(json.loads((FIXTURES / name / "hf" / "config.json").read_text()))
-    return SimpleNamespace(config=config, dtype=np.dtype(dtype))
+    return model_of(Config.from_hf(json.loads((FIXTURES / name / "hf" / "config.json").read_text())), dtype)
 
 
 def small_model(dtype="float32", **changes):
-    return SimpleNamespace(config=small_config(**changes), dtype=np.dtype(dtype))
+    return model_of(small_config(**changes), dtype)
 
 
 def random_adapter(model, seed=0, **options):

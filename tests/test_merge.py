@@ -2,7 +2,6 @@
 import json
 import tracemalloc
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from deltanet_ref.formats.gguf import read_gguf, write_gguf
 from deltanet_ref.lora.merge import merge
 from deltanet_ref.model.convert import open_base, write_base
 from tests.paths import FIXTURES
-from tests.test_adapter import random_adapter, small_model
+from tests.test_adapter import model_of, random_adapter, small_model
 from tests.test_convert import stored
 from tests.test_load import random_tensors, small_config, write_model
 from tests.test_ops_backward import ONE
@@ -170,7 +169,7 @@ def test_the_peak_memory_is_a_few_tensors(tmp_path):
     tensors = random_tensors(config)
     write_gguf(tmp_path / "base.gguf", config.to_gguf_metadata(), tensors)
     size, largest = sum(x.nbytes for x in tensors.values()), max(x.nbytes for x in tensors.values())
-    adapter = random_adapter(SimpleNamespace(config=config, dtype=np.dtype("float32")), rank=1)
+    adapter = random_adapter(model_of(config), rank=1)
     adapter.save_gguf(tmp_path / "a.gguf")
     del tensors, adapter
     for output, choice in (("m.gguf", None), ("m-f16.gguf", "f16"), ("hf", "bf16")):
@@ -190,7 +189,7 @@ def iq4_base(path):
     shape = tensors["blk.0.ffn_up.weight"].shape
     tensors["blk.0.ffn_up.weight"] = np.zeros(shape[0] * 136, np.uint8), Type.IQ4_XS, shape
     write_gguf(path, config.to_gguf_metadata(), tensors)
-    return SimpleNamespace(config=config, dtype=np.dtype("float32"))
+    return model_of(config)
 
 
 def test_a_changed_tensor_of_a_type_that_is_not_written_is_refused_before_anything_is(tmp_path):
