@@ -8,6 +8,7 @@ import tokenizers
 from gguf import GGMLQuantizationType as Type, GGUFReader, quants as gguf_quants
 from safetensors.numpy import load_file, save_file
 
+from deltanet_ref import load_model
 from deltanet_ref.cli.main import main
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
@@ -117,7 +118,7 @@ def test_a_multimodal_directory_is_converted_to_its_text_model_with_a_note(tmp_p
     for name in ("text", "multimodal"):
         assert convert(tmp_path / name, "-o", tmp_path / f"{name}.gguf") == 0
     assert stored(tmp_path / "text.gguf") == stored(tmp_path / "multimodal.gguf")
-    assert "1 vision tensors skipped" in (err := capsys.readouterr().err) and "multi-token prediction" in err
+    assert "1 vision tensor skipped" in (err := capsys.readouterr().err) and "multi-token prediction" in err
 
 
 def test_a_directory_in_bf16_keeps_its_bytes_both_ways(tmp_path):
@@ -300,3 +301,28 @@ def test_safetensors_are_the_librarys_bytes(tmp_path):
     write_safetensors(tmp_path / "ours", tensors, {"é": "ü"})
     save_file(tensors, tmp_path / "theirs", {"é": "ü"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("target", ["again.gguf", "hf"])
+@pytest.mark.parametrize("source", ["gguf", "hf"])
+def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path, source, target):
+    """Copied byte for byte or converted, before anything is written."""
+    path = tmp_path / ("bad.gguf" if source == "gguf" else "bad")
+    if source == "gguf":
+        file = read_gguf(FIXTURES / "eq" / "eq-f32.gguf")
+        tensors = {name: (t.raw, t.type, t.shape) for name, t in file.tensors.items()}
+        raw = np.array(tensors["blk.2.ffn_up.weight"][0]).view(np.float32)
+        raw[7] = np.nan
+        write_gguf(path, file.metadata, tensors | {
+            "blk.2.ffn_up.weight": (raw.view(np.uint8), *tensors["blk.2.ffn_up.weight"][1:])})
+    else:
+        shutil.copytree(FIXTURES / "eq" / "hf", path)
+        tensors = load_file(path / "model.safetensors")
+        tensors["model.layers.2.mlp.up_proj.weight"][3, 1] = -np.inf
+        save_file(tensors, path / "model.safetensors")
+    with pytest.raises(InputError, match="blk.2.ffn_up.weight holds values that are not finite"):
+        write_base(open_base(path), tmp_path / target)
+    assert not (tmp_path / target).exists()
+    model = load_model(path, backend="numpy")                              # and where it is used
+    with pytest.raises(InputError, match="blk.2.ffn_up.weight holds values that are not finite"):
+        model.logits(np.array([[1, 2]]))

@@ -364,8 +364,9 @@ def test_backward_of_lora_touches_nothing_below_the_lowest_adapted_block(monkeyp
             return _original(*args, **options)
         monkeypatch.setattr(module, op, counted)
     model.loss_and_grads(ids, ids, wrt="lora")
-    # block 3 (attention): 4 projections and 3 of the mlp; block 2: ffn_down, then db, da of ffn_up and what leads there
-    assert Counter(visited) == {"linear_backward_input": 7 + 1 + 1, "linear_backward_weight": 2}
+    # the head: softmax times its rows; block 3 (attention): 4 projections and 3 of the feed-forward; block 2: ffn_down,
+    # then db, da of ffn_up and what leads there
+    assert Counter(visited) == {"linear_backward_input": 1 + 7 + 1 + 1, "linear_backward_weight": 2}
 
 
 # ---- less memory between forward and backward

@@ -147,7 +147,7 @@ def test_sigmoid_gate_is_the_product_with_scipys_expit():
     (((1, 4, 6, 3), (1, 3, 2, 3), (1, 3, 2, 3)), {}, "M >= L"),
     (((1, 4, 6, 3), (1, 4, 2, 5), (1, 4, 2, 5)), {}, "do not fit"),
     (((1, 4, 6, 3), (1, 4, 2, 3), (1, 5, 2, 3)), {}, "do not fit"),
-    (((1, 4, 6, 3), (1, 5, 2, 3), (1, 5, 2, 3)), {"cu_seqlens": np.array([0, 4])}, "one sequence at a time"),
+    (((1, 4, 6, 3), (1, 5, 2, 3), (1, 5, 2, 3)), {"cu_seqlens": np.array([0, 4])}, "pass one at a time"),
     (((2, 4, 6, 3), (2, 4, 2, 3), (2, 4, 2, 3)), {"cu_seqlens": np.array([0, 4])}, "B = 1"),
 ])
 def test_shapes_that_do_not_fit_are_refused_with_the_remedy(shapes, options, remedy):

@@ -457,7 +457,7 @@ def test_an_error_while_ranking_suspects_is_exit_status_3_and_the_verdict_is_pri
 
 
 @pytest.mark.parametrize("broken_part, words", [
-    ("deltanet_ref.oracle.check.compare", []),
+    ("deltanet_ref.oracle.check.compare_case", []),
     ("deltanet_ref.ops.gated_delta_rule.recurrent_forward", ["--scale", "none"]),     # which computes what is expected
 ])
 def test_any_other_error_of_the_kit_is_exit_status_3_too(capsys, monkeypatch, broken_part, words):
