@@ -256,7 +256,7 @@ def test_the_text_part_of_a_multimodal_checkpoint_is_the_text_model(prefix, head
                  "visual.patch_embed.weight": np.ones(3, np.float32)}
     more = {name.replace("lm_head.", head): x for name, x in more.items()}
     _, weights, notes = weights_from_hf(write_hf(tmp_path / "mm", config, more, prefix, wrapped=True), "float32", ops)
-    assert sorted(note.split(" tensors")[0] for note in notes) == ["1 vision", "2 multi-token prediction"]
+    assert sorted(note.split(" tensor")[0] for note in notes) == ["1 vision", "2 multi-token prediction"]
     for name in want:
         np.testing.assert_array_equal(weights[name], want[name])
 
