@@ -7,12 +7,7 @@
 
 notation.py has the conventions, ops/ the mathematics, model/ the network.
 """
-import os
 from pathlib import Path
-
-# Idle threads of NumPy's BLAS sleep instead of spinning on the cores that the kernels want: a training step is a tenth
-# faster. OpenBLAS reads this when NumPy is imported for the first time.
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 from deltanet_ref.backends import get_backend
 from deltanet_ref.errors import InputError

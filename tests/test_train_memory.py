@@ -6,7 +6,7 @@ SIZE = 96 << 20
 
 
 def touch(size):
-    """Make memory resident and give it back at once, whatever the allocator is told to keep (keep_freed_memory)."""
+    """Make memory resident and return it to the system at once, which malloc may be told not to do."""
     with mmap.mmap(-1, size) as memory_map:
         for page in range(0, size, mmap.PAGESIZE):
             memory_map[page] = 1

@@ -15,7 +15,6 @@ from corpus import HELD_OUT
 import deltanet_ref as dr
 from deltanet_ref.demo import demo
 from deltanet_ref.train.evaluate import mean_loss
-from deltanet_ref.train.memory import keep_freed_memory
 from deltanet_ref.train.pretrain import encode_documents, windows
 
 HERE = Path(__file__).parent
@@ -31,7 +30,6 @@ def bits_per_byte(model, texts):
 
 
 def main():
-    keep_freed_memory()
     model = dr.load_model(demo.MODEL)
     chapters = lzma.decompress((HERE / "held-out.txt.xz").read_bytes()).decode().rstrip("\n").split("\n\n")
     results = {"model_sha256": hashlib.sha256(demo.MODEL.read_bytes()).hexdigest(), "window": WINDOW,

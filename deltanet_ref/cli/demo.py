@@ -11,7 +11,6 @@ from deltanet_ref.cli.options import add_output_arguments, check_output
 from deltanet_ref.demo import demo
 from deltanet_ref.formats.files import ensure_writable
 from deltanet_ref.formats.gguf import read_gguf
-from deltanet_ref.train.memory import keep_freed_memory
 from deltanet_ref.train.report import Console, format_count
 
 EPILOG = f"""\
@@ -40,7 +39,6 @@ def add_arguments(parser):
 def run(args):
     check_output(args, inputs=(demo.MODEL,), replaces=is_adapter)
     ensure_writable(args.output)
-    keep_freed_memory()
     import deltanet_ref as dr
 
     start, terminal = time.perf_counter(), Terminal(highlight=False, soft_wrap=True)

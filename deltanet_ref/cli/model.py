@@ -4,6 +4,7 @@ import os
 import sys
 
 from deltanet_ref.backends import BACKENDS
+from deltanet_ref.backends.cores import available_cores
 from deltanet_ref.cli.options import MODEL_HELP
 from deltanet_ref.errors import InputError, counted, printable, shown
 from deltanet_ref.model.weights import MODES
@@ -32,7 +33,7 @@ def add_adapter_argument(parser) -> None:
 
 def load(args):
     """The model that the arguments name, with its adapters attached; notes on loading go to stderr."""
-    limit_threads(args.threads)
+    limit_threads(args.threads, args.backend)
     import deltanet_ref as dr
 
     model = dr.load_model(args.model, backend=args.backend, dtype=args.dtype, weights=args.weights)
@@ -67,17 +68,26 @@ def split_scale(spec: str) -> tuple[str, float]:
     return path, number
 
 
-def limit_threads(threads):
-    """Let BLAS and numba use so many threads; None leaves them as they are."""
-    if threads is None:
-        return
-    if threads < 1:
+def limit_threads(threads: int | None, backend: str) -> None:
+    """Compute on this many threads, at most on the cores that the process may use (a note on stderr says so).
+
+    None leaves the number to the environment: NUMBA_NUM_THREADS or all cores. Raises InputError for less than 1.
+    The numpy backend's threads are those of NumPy's BLAS. The others have threads of their own, and NumPy's BLAS gets
+    one: what is left to it is small, and its threads spin while they wait for one another.
+    """
+    if threads is not None and threads < 1:
         raise InputError(f"--threads is {threads}, it must be at least 1")
-    os.environ["NUMBA_NUM_THREADS"] = str(threads)  # numba reads it when it is imported
+    cores = available_cores()
+    if threads is not None and threads > cores:
+        print(f"note: --threads {threads}: only {counted(cores, 'core')} can be used, so {counted(cores, 'thread')} will "
+              "run", file=sys.stderr)
+        threads = cores
+    if threads is not None:
+        os.environ["NUMBA_NUM_THREADS"] = str(threads)                     # read when the backend is imported
     import numpy  # noqa: F401 (its BLAS must be loaded before it can be limited)
     from threadpoolctl import threadpool_limits
 
-    threadpool_limits(threads)
+    threadpool_limits(threads if backend == "numpy" else 1)                # None: as they are
 
 
 def losses_by_type(losses) -> str:

@@ -10,7 +10,6 @@ from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import ensure_writable
 from deltanet_ref.train.data import read_dataset
 from deltanet_ref.train.lora import DEFAULT_SEQ_LEN, TrainOptions, prepare, run as run_training
-from deltanet_ref.train.memory import keep_freed_memory
 from deltanet_ref.train.report import Console, format_peaks, load_matplotlib
 from deltanet_ref.train.schedule import SHAPES
 
@@ -81,7 +80,6 @@ def add_arguments(parser):
 def run(args):
     options = TrainOptions(**{name: getattr(args, name) for name in OPTIONS})
     check_outputs(args)
-    keep_freed_memory()
     rows = read_dataset(args.data)
     model = load(args)
     from deltanet_ref.lora.adapter import new_adapter

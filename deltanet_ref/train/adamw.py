@@ -41,7 +41,7 @@ def clip_by_global_norm(gradients: dict, limit: float | None, backend=ops) -> fl
     limit=None only computes the norm. The 1e-6 is that of torch.nn.utils.clip_grad_norm_.
     """
     wide = (backend.xp.asarray(g, np.float64) for g in gradients.values())
-    norm = math.sqrt(sum(float(backend.xp.vdot(g, g)) for g in wide))
+    norm = math.sqrt(sum(float(backend.xp.square(g).sum()) for g in wide))
     if limit is not None and norm + 1e-6 > limit:
         for g in gradients.values():
             g *= limit / (norm + 1e-6)

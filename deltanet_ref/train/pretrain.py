@@ -7,7 +7,6 @@
     write_model("tiny.gguf", model, "q8_0", file_metadata("tokenizer/", tokenizer, name="tiny"))
 """
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from deltanet_ref.backends import get_backend, threads
+from deltanet_ref.backends.cores import available_cores
 from deltanet_ref.backends.interface import Backend
 from deltanet_ref.errors import InputError, counted
 from deltanet_ref.formats.files import read_json
@@ -35,7 +35,6 @@ from deltanet_ref.train.data import end_token
 from deltanet_ref.train.initial import new_model
 from deltanet_ref.train.loop import EvalRecord, History, fit
 from deltanet_ref.train.lora import check_options
-from deltanet_ref.train.memory import keep_freed_memory
 from deltanet_ref.train.parallel import ParallelModel
 from deltanet_ref.train.report import Silent, format_count
 from deltanet_ref.train.schedule import schedule
@@ -62,7 +61,7 @@ class PretrainOptions:
     eval_every: int = 200               # steps between evaluations on the validation text, 0: only first and last
     save_every: int = 200               # steps between calls of save, 0 for none
     log_every: int = 20                 # steps between log lines
-    threads: int = os.cpu_count()       # threads that share a batch
+    threads: int = available_cores()    # threads that share a batch
     hidden: int = 256                   # width of the residual stream
     layers: int = 4                     # blocks; every fourth is softmax attention
     ffn: int = 512                      # width of the feed-forward
@@ -217,7 +216,6 @@ def pretrain(model: Qwen35, text: str, options: PretrainOptions, *, valid: str =
         parallel.update_decay()
         save()
 
-    keep_freed_memory()
     with threads(model.backend, 1):                 # of the operators: the sequences are distributed instead
         parallel = ParallelModel(model, options.threads, options.dropout, options.seed)
         steps = options.steps or steps_in(60 * options.minutes, parallel, islice(batches(), TIMED_BATCHES))

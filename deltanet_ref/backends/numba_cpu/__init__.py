@@ -1,7 +1,14 @@
 """The operators on the CPU, in kernels on several threads, under the names of deltanet_ref.ops.
 
-Each kernel says with float32 or float64 what its namesake in ops says, to rounding; other dtypes are refused. At one
-number of threads the bits are the same from run to run. Linear maps stay with NumPy's BLAS.
+For float32 and float64 inputs each kernel matches the op of the same name up to rounding; other dtypes raise InputError.
+The bits of a result are the same in every run and for any number of threads, except attention's dk and dv, which are
+sums over more parts when there are more threads than sequences and key heads.
+
+To import this package changes the process: freed memory stays with it (malloc.py), and SciPy's BLAS runs on one thread
+(blas.py).
+
+    compiler, threads, arrays, elementary, blas, vectors, malloc      what kernels are made of, one job each
+    all others                                                        kernels, named as in ops
 """
 from types import SimpleNamespace
 
@@ -16,6 +23,7 @@ from deltanet_ref.backends.numba_cpu.gates import (decay_gate_backward, decay_ga
                                                    sigmoid_gate_forward, swiglu_backward, swiglu_forward)
 from deltanet_ref.backends.numba_cpu.linear import linear_backward_input, linear_backward_weight, linear_forward
 from deltanet_ref.backends.numba_cpu.lora_linear import lora_backward, lora_forward
+from deltanet_ref.backends.numba_cpu.malloc import keep_freed_memory
 from deltanet_ref.backends.numba_cpu.norms import (gated_rms_norm_backward, gated_rms_norm_forward, l2_norm_backward,
                                                    l2_norm_forward, rms_norm_backward, rms_norm_forward)
 from deltanet_ref.backends.numba_cpu.quants import (FEW, decodes, dequantize, stored_linear_backward_input,
@@ -25,6 +33,7 @@ from deltanet_ref.backends.numba_cpu.softmax_attention import softmax_attention_
 from deltanet_ref.backends.numba_cpu.threads import set_threads
 from deltanet_ref.ops import embedding_backward, embedding_forward, rope_tables, to_host, xp
 
+keep_freed_memory()
 name, device = "numba", None
 stored = SimpleNamespace(few_rows=FEW, decodes=decodes, dequantize=dequantize, linear_forward=stored_linear_forward,
                          linear_backward_input=stored_linear_backward_input)

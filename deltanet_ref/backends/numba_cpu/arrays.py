@@ -7,7 +7,7 @@ from numba.extending import intrinsic
 from deltanet_ref.backends.numba_cpu.compiler import FLOATS, inlined
 from deltanet_ref.errors import InputError
 
-BLOCK = 1 << 14               # elements of one task of an element-wise kernel
+BLOCK = 1 << 16               # elements of one task of an element-wise kernel
 
 
 def same_float(*arrays) -> None:

@@ -1,22 +1,29 @@
 """Linear maps as matrix products in kernels. Mathematics: docs/derivations/linear-and-lora.md.
 
-A large product is cut into blocks of its result, each a product on one thread (blas.py); the threads take them one by
-one, so a thread that the system stops delays its own block only. A small product is computed by the calling thread.
-Blocks are cut by the sizes alone: the bits of a result are the same for any number of threads.
+A large product is cut into blocks of its result, each computed by a BLAS on one thread (blas.py). The threads take the
+blocks one by one, so a thread that the system stops delays its own block only. A small product is not cut: the calling
+thread computes it.
+
+How a product is cut depends on its sizes and on the cores of the machine, not on the number of threads, so that the
+bits of a result do not either: the same element in a block of another shape may be rounded differently (OpenBLAS's
+Haswell kernel does). The BLAS copies its operands tile by tile for every block, which bounds the number of blocks.
 """
-import math
+from functools import lru_cache
 
 import numpy as np
 
+from deltanet_ref.backends.cores import available_cores
 from deltanet_ref.backends.numba_cpu.arrays import heads, same_float
 from deltanet_ref.backends.numba_cpu.blas import gemm, gemv
 from deltanet_ref.backends.numba_cpu.compiler import kernel
 from deltanet_ref.ops import linear as ops
 
-BLOCK_COST = 1 << 24          # multiply-adds of a block, where its sizes allow: 0.3 ms; less is not worth a second thread
-NUMBER_COST = 32              # multiply-adds in the time in which one number is read from memory
-BLOCK_EDGE = 256              # least rows and columns: every block copies its part of A and B once more for the BLAS
+# Costs in multiply-adds of a large product (75 per ns on a core with AVX-512)
+COPIED = 40                   # an element of A or B, for each block that reads it
+BLOCK_COST = 1 << 24          # least for a block: 0.2 ms; waking a thread takes 0.02 ms
+EXTRA = 1.03                  # of the cost of the whole: more blocks than cores are made up to here
 ALIGNMENT = 16                # of the columns of a block: the BLAS computes whole tiles fastest
+CORES = available_cores()
 
 
 def linear_forward(x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -57,24 +64,27 @@ def product(A: np.ndarray, B: np.ndarray, C: np.ndarray | None = None, add: bool
     return C
 
 
+@lru_cache(1024)
 def block_shape(m: int, k: int, n: int) -> tuple[int, int]:
-    """Rows and columns of the blocks that C (m, n) = A (m, k) B (k, n) is cut into."""
-    cost = m * k * n + NUMBER_COST * (m * k + k * n + m * n)
-    parts = min(_power_of_two(cost / BLOCK_COST), _cuts(m) * _cuts(n))
-    down = max(_power_of_two(math.sqrt(parts * m / n)), parts // _cuts(n))                 # about square
-    down = min(down, _cuts(m), parts)
-    across = parts // down
-    return -(-m // down), ALIGNMENT * -(-n // (across * ALIGNMENT))
+    """Rows and columns of the blocks into which C (m, n) = A (m, k) B (k, n) is cut: one for each core and more as long
+    as that is cheap, in the shape that copies least."""
+    whole, parts, best = _cost(m, k, n, 1, 1), 1, (1, 1)
+    while whole >= 2 * parts * BLOCK_COST:
+        parts *= 2
+        cuts = min(((down, parts // down) for down in _powers_of_two(parts)), key=lambda cut: _cost(m, k, n, *cut))
+        if parts >= 2 * CORES and _cost(m, k, n, *cuts) > EXTRA * whole:
+            break
+        best = cuts
+    return -(-m // best[0]), ALIGNMENT * -(-n // (best[1] * ALIGNMENT))
 
 
-def _cuts(size):
-    """Into how many parts of at least BLOCK_EDGE an axis may be cut, a power of two."""
-    return _power_of_two(size / BLOCK_EDGE)
+def _cost(m, k, n, down, across):
+    """Of the product in `down` times `across` blocks; C is read and written once."""
+    return m * k * n + COPIED * (m * n + across * m * k + down * k * n)
 
 
-def _power_of_two(x):
-    """The largest power of two up to x, at least 1."""
-    return 1 << max(0, int(x).bit_length() - 1)
+def _powers_of_two(most):
+    return [1 << i for i in range(most.bit_length())]
 
 
 def _rows(x):

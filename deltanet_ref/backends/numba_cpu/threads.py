@@ -20,7 +20,7 @@ from deltanet_ref.backends.cores import available_cores
 
 PARTS = 8                     # of a thread's share of the tasks; it takes one at a time
 
-number_of_threads = min(config.NUMBA_NUM_THREADS, available_cores())       # the environment variable of that name
+number_of_threads = config.NUMBA_NUM_THREADS if "NUMBA_NUM_THREADS" in os.environ else available_cores()
 
 
 def set_threads(n: int) -> int:
