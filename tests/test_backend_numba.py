@@ -1,5 +1,5 @@
 """The numba backend against deltanet_ref.ops, operation by operation; the whole model on it against HF's numbers."""
-import functools
+
 import hashlib
 import os
 import runpy
@@ -10,15 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from threadpoolctl import ThreadpoolController
 
 import deltanet_ref as dr
 from deltanet_ref import ops
 from deltanet_ref.backends import numba_cpu as nb
-from deltanet_ref.backends.numba_cpu import linear as linear_maps
-from deltanet_ref.backends.numba_cpu import threads as kernel_threads
+from deltanet_ref.backends.numba_cpu import linear as linear_maps, threads as kernel_threads
 from deltanet_ref.errors import InputError
 from deltanet_ref.ops import gated_delta_rule as gdr
 from tests import ops_cases, test_model, test_ops_backward
@@ -28,7 +26,7 @@ from tests.tolerances import relative
 
 ROOT = Path(__file__).parents[1]
 DELTA_OUTPUTS = ("o", "S_end", "dq", "dk", "dv", "dg", "dbeta", "dS0")
-EXACT = 1e-13                 # float64: both sides round, in another order
+EXACT = 1e-13  # float64: both sides round, in another order
 
 
 def cases_of(backend):
@@ -41,7 +39,7 @@ def cases_of(backend):
 
 
 HERE = cases_of(nb)
-KERNELS = sorted(set(CASES) - {"embedding"})               # which is NumPy's
+KERNELS = sorted(set(CASES) - {"embedding"})  # which is NumPy's
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
 
@@ -69,6 +67,7 @@ def attention(backend, q, k, v, do, **options):
 
 # ---- the same operations
 
+
 @every_kernel
 def test_float64_equals_ops(name):
     gradients = incoming(CASES[name])
@@ -81,10 +80,12 @@ def test_float64_equals_ops(name):
 def test_what_every_operation_owes_is_kept(name):
     """float32 within 4 noise floors (measured: 1.4 at most), strided arguments, nothing overwritten."""
     case = HERE[name]._replace(arguments=CASES[name].arguments)
-    for claim in (test_ops_backward.test_float32_loses_no_more_than_rounding_its_arguments_would,
-                  test_ops_backward.test_strided_arguments_give_the_same_as_contiguous_ones,
-                  test_ops_backward.test_arguments_and_incoming_gradients_are_left_as_they_were,
-                  test_ops_backward.test_backward_twice_gives_the_same_so_the_cache_is_not_spent):
+    for claim in (
+        test_ops_backward.test_float32_loses_no_more_than_rounding_its_arguments_would,
+        test_ops_backward.test_strided_arguments_give_the_same_as_contiguous_ones,
+        test_ops_backward.test_arguments_and_incoming_gradients_are_left_as_they_were,
+        test_ops_backward.test_backward_twice_gives_the_same_so_the_cache_is_not_spent,
+    ):
         claim(case)
     for dtype in (np.float32, np.float64):
         test_ops_backward.test_results_have_the_dtype_of_the_arguments(case, dtype)
@@ -92,8 +93,9 @@ def test_what_every_operation_owes_is_kept(name):
 
 # ---- sizes beyond one block, tile or span of a kernel
 
+
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2 ** 31), st.integers(1, 3), st.integers(1, 300), st.integers(1, 3), st.integers(1, 300))
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 300), st.integers(1, 3), st.integers(1, 300))
 def test_norms_and_gates_of_any_size_equal_ops(seed, B, L, H, d):
     rng = np.random.default_rng(seed)
     x, z, dy = rng.standard_normal((3, B, L, H, d))
@@ -106,10 +108,21 @@ def test_norms_and_gates_of_any_size_equal_ops(seed, B, L, H, d):
         swiglu, swiglu_cache = o.swiglu_forward(x, z)
         gate, gate_cache = o.sigmoid_gate_forward(x, z)
         g, beta, decay_cache = o.decay_gate_forward(x[:, :, 0], z[:, :, 0], a_log, bias)
-        return [l2, o.l2_norm_backward(dy, l2_cache), rms, *o.rms_norm_backward(dy, rms_cache),
-                gated, *o.gated_rms_norm_backward(dy, gated_cache), swiglu, *o.swiglu_backward(dy, swiglu_cache),
-                gate, *o.sigmoid_gate_backward(dy, gate_cache),
-                g, beta, *o.decay_gate_backward(dy[:, :, 0], x[:, :, 0], decay_cache)]
+        return [
+            l2,
+            o.l2_norm_backward(dy, l2_cache),
+            rms,
+            *o.rms_norm_backward(dy, rms_cache),
+            gated,
+            *o.gated_rms_norm_backward(dy, gated_cache),
+            swiglu,
+            *o.swiglu_backward(dy, swiglu_cache),
+            gate,
+            *o.sigmoid_gate_backward(dy, gate_cache),
+            g,
+            beta,
+            *o.decay_gate_backward(dy[:, :, 0], x[:, :, 0], decay_cache),
+        ]
 
     for position, (found, expected) in enumerate(zip(results(nb), results(ops), strict=True)):
         # a weight gradient sums up to 2700 rows of either sign, and may cancel
@@ -117,7 +130,7 @@ def test_norms_and_gates_of_any_size_equal_ops(seed, B, L, H, d):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2 ** 31), st.integers(1, 3), st.integers(1, 200), st.integers(1, 20), st.integers(1, 300))
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 200), st.integers(1, 20), st.integers(1, 300))
 def test_thin_products_added_and_adamw_of_any_size_equal_ops(seed, B, L, r, out):
     rng = np.random.default_rng(seed)
     h, b = rng.standard_normal((B, L, r)), rng.standard_normal((out, r))
@@ -145,7 +158,7 @@ def test_convolution_of_any_size_equals_ops(data):
     cuts = sorted(draw(st.lists(st.integers(0, L), max_size=4))) if draw(st.booleans()) else None
     B = 1 if cuts is not None else draw(st.integers(1, 3))
     cu = None if cuts is None else np.array([0, *cuts, L])
-    rng = np.random.default_rng(draw(st.integers(0, 2 ** 31)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
     x, dy = rng.standard_normal((2, B, L, channels))
     w = rng.standard_normal((channels, K))
     state, dstate = rng.standard_normal((2, B if cu is None else len(cu) - 1, K - 1, channels))
@@ -171,10 +184,10 @@ def test_attention_of_any_size_equals_ops(data):
     past = 0 if cuts is not None else draw(st.sampled_from([0, 1, 126, 300]))
     B, d, d_v = 1 if cuts is not None else draw(st.integers(1, 2)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
     options = {} if cuts is None else dict(cu_seqlens=np.array([0, *cuts, L]))
-    rng = np.random.default_rng(draw(st.integers(0, 2 ** 31)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
     q, do = (rng.standard_normal((B, L, H_kv * group, n)) for n in (d, d_v))
     k, v = (rng.standard_normal((B, past + L, H_kv, n)) for n in (d, d_v))
-    q *= draw(st.sampled_from([1, 30, 1000]))                              # scores up to where P is 0 or 1
+    q *= draw(st.sampled_from([1, 30, 1000]))  # scores up to where P is 0 or 1
     both = (attention(backend, q, k, v, do, **options) for backend in (nb, ops))
     for found, expected in zip(*both, strict=True):
         # a score of size s is exact to s eps, and so is log P
@@ -213,6 +226,7 @@ def test_float32_exponential_is_exact_to_two_units_and_knows_no_limits():
 
 # ---- the delta rule
 
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_delta_rule_equals_the_recurrence(data):
@@ -222,13 +236,20 @@ def test_delta_rule_equals_the_recurrence(data):
     L = draw(st.integers(1, 3 * C if C < 20 else 150))
     cuts = sorted(draw(st.lists(st.integers(0, L), max_size=3))) if draw(st.booleans()) else None
     packed = cuts is not None
-    sizes = dict(B=1 if packed else draw(st.integers(1, 3)), L=L, H_k=H_k, H_v=H_k * ratio,
-                 d_k=draw(st.integers(1, 20)), d_v=draw(st.integers(1, 20)), N_seq=len(cuts) + 1 if packed else None)
-    q, k, v, gates, do, dS_end = delta_rule_arguments(draw(st.integers(0, 2 ** 31)), **sizes)
-    rng = np.random.default_rng(draw(st.integers(0, 2 ** 31)))
+    sizes = dict(
+        B=1 if packed else draw(st.integers(1, 3)),
+        L=L,
+        H_k=H_k,
+        H_v=H_k * ratio,
+        d_k=draw(st.integers(1, 20)),
+        d_v=draw(st.integers(1, 20)),
+        N_seq=len(cuts) + 1 if packed else None,
+    )
+    q, k, v, gates, do, dS_end = delta_rule_arguments(draw(st.integers(0, 2**31)), **sizes)
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
     gates["g"] *= rng.choice([0, 1e-3, 1, 20, 120], gates["g"].shape)
     special = rng.random(gates["beta"].shape) < 0.3
-    gates["beta"] = np.where(special, rng.choice([0., 1., 2.], special.shape), gates["beta"])
+    gates["beta"] = np.where(special, rng.choice([0.0, 1.0, 2.0], special.shape), gates["beta"])
     k[rng.random(k.shape[:3]) < 0.2] = 0
     options = dict(cu_seqlens=[0, *cuts, L] if packed else None, head_order=draw(st.sampled_from(["grouped", "tiled"])))
     exact = definition(q, k, v, gates, do, dS_end, **options)
@@ -238,10 +259,16 @@ def test_delta_rule_equals_the_recurrence(data):
         assert np.abs(got[name] - exact[name]).max(initial=0) < 1e-11 * max(np.abs(exact[name]).max(initial=0), 1), name
 
 
-@pytest.mark.parametrize("sizes, options", [
-    (dict(B=1, L=203, H_k=2, H_v=6, d_k=33, d_v=65, N_seq=5),
-     dict(cu_seqlens=[0, 64, 64, 65, 150, 203], head_order="tiled")),
-    (dict(B=2, L=130, H_k=3, H_v=3, d_k=128, d_v=64), {})])
+@pytest.mark.parametrize(
+    "sizes, options",
+    [
+        (
+            dict(B=1, L=203, H_k=2, H_v=6, d_k=33, d_v=65, N_seq=5),
+            dict(cu_seqlens=[0, 64, 64, 65, 150, 203], head_order="tiled"),
+        ),
+        (dict(B=2, L=130, H_k=3, H_v=3, d_k=128, d_v=64), {}),
+    ],
+)
 @pytest.mark.parametrize("decay", [0.1, 1, 20])
 def test_delta_rule_in_float32_loses_no_more_than_rounding_its_arguments_would(sizes, options, decay):
     """Noise floor as for ops: arguments moved within half a unit, worst of four.
@@ -289,8 +316,9 @@ def test_one_token_steps_equal_the_recurrence(dtype, tolerance, head_order):
     q, k, v, g, beta, S = as_type(dtype, q, k, v, *gates.values())
     for t in range(9):
         before = S.copy()
-        o_t, S_next = nb.gated_delta_rule_step(q[:, t], k[:, t], v[:, t], g=g[:, t], beta=beta[:, t], S=S,
-                                               head_order=head_order)
+        o_t, S_next = nb.gated_delta_rule_step(
+            q[:, t], k[:, t], v[:, t], g=g[:, t], beta=beta[:, t], S=S, head_order=head_order
+        )
         assert np.array_equal(S, before) and o_t.dtype == S_next.dtype == dtype
         assert relative(o_t, o[:, t]) < tolerance
         S = S_next
@@ -302,14 +330,15 @@ def test_packed_sequences_equal_separate_runs_to_the_bit():
     q, k, v, gates, do, dS_end = delta_rule_arguments(7, B=1, L=140, H_k=2, H_v=4, d_k=6, d_v=5, N_seq=4)
     packed = delta_rule(nb, q, k, v, gates, do, dS_end, cu_seqlens=cu)
     for n, (a, b) in enumerate(zip(cu, cu[1:])):
-        one = {name: x[:, a:b] for name, x in gates.items() if name != "S0"} | {"S0": gates["S0"][n:n + 1]}
-        alone = delta_rule(nb, q[:, a:b], k[:, a:b], v[:, a:b], one, do[:, a:b], dS_end[n:n + 1])
+        one = {name: x[:, a:b] for name, x in gates.items() if name != "S0"} | {"S0": gates["S0"][n : n + 1]}
+        alone = delta_rule(nb, q[:, a:b], k[:, a:b], v[:, a:b], one, do[:, a:b], dS_end[n : n + 1])
         for name in DELTA_OUTPUTS:
-            part = packed[name][n:n + 1] if "S" in name else packed[name][:, a:b]
+            part = packed[name][n : n + 1] if "S" in name else packed[name][:, a:b]
             assert np.array_equal(part, alone[name]), name
 
 
 # ---- the same bits
+
 
 def large_results(dtype):
     """Every kernel on more tasks than there are threads."""
@@ -333,19 +362,28 @@ def large_results(dtype):
     nb.adamw_update(p, dy, x.copy(), z * z, t=2, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     rms, gated = nb.rms_norm_forward(x, w, 1e-6), nb.gated_rms_norm_forward(x, z, w, 1e-6)
     l2, swiglu, gate = nb.l2_norm_forward(x), nb.swiglu_forward(x, z), nb.sigmoid_gate_forward(x, z)
-    return {"delta rule": list(delta_rule(nb, q_d, k_d, v_d, gates, do_d, dS, cu_seqlens=[0, 70, 171, 300]).values()),
-            "step": nb.gated_delta_rule_step(q_d[:, 0], k_d[:, 0], v_d[:, 0], g=gates["g"][:, 0],
-                                             beta=gates["beta"][:, 0], S=gates["S0"][:1]),
-            "decay gate": [g, beta, *nb.decay_gate_backward(g, beta, decay)],
-            "convolution": [y, *nb.causal_conv1d_backward(dflat, None, conv)],
-            "cross-entropy": [np.asarray(loss), nb.cross_entropy_backward(1.0, entropy)],
-            "head": [np.asarray(joined), *nb.linear_cross_entropy_backward(1.0, one_pass)],
-            "update": [added, p],
-            "norms": [l2[0], nb.l2_norm_backward(dy, l2[1]), rms[0], *nb.rms_norm_backward(dy, rms[1]),
-                      gated[0], *nb.gated_rms_norm_backward(dy, gated[1])],
-            "gates": [swiglu[0], *nb.swiglu_backward(dy, swiglu[1]), gate[0], *nb.sigmoid_gate_backward(dy, gate[1])],
-            "rotary": [nb.rope_forward(x, cos, sin), nb.rope_backward(dy, cos, sin)],
-            "attention": attention(nb, q, k, v, do)}
+    return {
+        "delta rule": list(delta_rule(nb, q_d, k_d, v_d, gates, do_d, dS, cu_seqlens=[0, 70, 171, 300]).values()),
+        "step": nb.gated_delta_rule_step(
+            q_d[:, 0], k_d[:, 0], v_d[:, 0], g=gates["g"][:, 0], beta=gates["beta"][:, 0], S=gates["S0"][:1]
+        ),
+        "decay gate": [g, beta, *nb.decay_gate_backward(g, beta, decay)],
+        "convolution": [y, *nb.causal_conv1d_backward(dflat, None, conv)],
+        "cross-entropy": [np.asarray(loss), nb.cross_entropy_backward(1.0, entropy)],
+        "head": [np.asarray(joined), *nb.linear_cross_entropy_backward(1.0, one_pass)],
+        "update": [added, p],
+        "norms": [
+            l2[0],
+            nb.l2_norm_backward(dy, l2[1]),
+            rms[0],
+            *nb.rms_norm_backward(dy, rms[1]),
+            gated[0],
+            *nb.gated_rms_norm_backward(dy, gated[1]),
+        ],
+        "gates": [swiglu[0], *nb.swiglu_backward(dy, swiglu[1]), gate[0], *nb.sigmoid_gate_backward(dy, gate[1])],
+        "rotary": [nb.rope_forward(x, cos, sin), nb.rope_backward(dy, cos, sin)],
+        "attention": attention(nb, q, k, v, do),
+    }
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -377,8 +415,12 @@ def test_a_kernel_just_compiled_computes_the_bits_of_a_stored_one(tmp_path):
         results = (o, S, *nb.gated_delta_rule_backward(do, dS, cache))
         print(hashlib.sha256(b"".join(x.tobytes() for x in results)).hexdigest())"""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    bits = [subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True,
-                           capture_output=True).stdout for _ in range(2)]
+    bits = [
+        subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, env=environment, check=True, capture_output=True
+        ).stdout
+        for _ in range(2)
+    ]
     assert len(bits[0]) > 60 and bits[0] == bits[1]
     assert list(tmp_path.rglob("*.nbc"))
 
@@ -402,33 +444,48 @@ def test_the_blas_of_the_kernels_has_one_thread_and_that_of_numpy_keeps_its_own(
 
 # ---- arguments that do not fit
 
-@pytest.mark.parametrize("dtypes, message", [
-    ((np.float16, np.float16), "float32 or in float64.*float16.*numpy backend"),
-    ((np.complex128, np.complex128), "complex128"), ((np.int64, np.int64), "int64"),
-    ((np.float32, np.float64), "float32 and float64: convert")])
+
+@pytest.mark.parametrize(
+    "dtypes, message",
+    [
+        ((np.float16, np.float16), "float32 or in float64.*float16.*numpy backend"),
+        ((np.complex128, np.complex128), "complex128"),
+        ((np.int64, np.int64), "int64"),
+        ((np.float32, np.float64), "float32 and float64: convert"),
+    ],
+)
 def test_other_dtypes_are_refused_with_the_remedy(dtypes, message):
     x, z = np.ones((2, 3, 2, 4), dtypes[0]), np.ones((2, 3, 2, 4), dtypes[1])
-    for call in (lambda: nb.swiglu_forward(x, z), lambda: nb.rms_norm_forward(x, z[0, 0, 0], 1e-6),
-                 lambda: nb.softmax_attention_forward(x, x, z), lambda: nb.rope_forward(x, z[0, 0], z[0, 0]),
-                 lambda: nb.causal_conv1d_forward(x[0], z[0, 0].T),
-                 lambda: nb.gated_delta_rule_forward(x, x, z, g=x[..., 0], beta=x[..., 0])):
+    for call in (
+        lambda: nb.swiglu_forward(x, z),
+        lambda: nb.rms_norm_forward(x, z[0, 0, 0], 1e-6),
+        lambda: nb.softmax_attention_forward(x, x, z),
+        lambda: nb.rope_forward(x, z[0, 0], z[0, 0]),
+        lambda: nb.causal_conv1d_forward(x[0], z[0, 0].T),
+        lambda: nb.gated_delta_rule_forward(x, x, z, g=x[..., 0], beta=x[..., 0]),
+    ):
         with pytest.raises(InputError, match=message):
             call()
 
 
 def test_shapes_are_refused_as_ops_refuses_them():
     x, w = np.ones((2, 3, 2, 4)), np.ones(4)
-    for call in (lambda o: o.swiglu_forward(x, x[1:]), lambda o: o.sigmoid_gate_forward(x, x[:, 1:]),
-                 lambda o: o.rms_norm_forward(x, w[1:], 1e-6), lambda o: o.gated_rms_norm_forward(x, x[1:], w, 1e-6),
-                 lambda o: o.rope_forward(x, w[None], w[None]), lambda o: o.decay_gate_forward(x, x, w, w[1:]),
-                 lambda o: o.causal_conv1d_forward(x[0], w[None]),
-                 lambda o: o.softmax_attention_forward(x, x[:, 1:], x),
-                 lambda o: o.causal_conv1d_forward(x[0], np.ones((4, 3)), state=x[0, :2]),
-                 lambda o: o.cross_entropy_forward(x[0, 0], np.array([0, 4])),
-                 lambda o: o.cross_entropy_forward(x[0, 0], np.array([0])),
-                 lambda o: o.cross_entropy_forward(x[0, 0], np.array([0, 1]), count=0),
-                 lambda o: o.linear_cross_entropy_forward(x[0, 0], w[None, :3], np.array([0, 0])),
-                 lambda o: o.gated_delta_rule_forward(x, x, x, g=w, beta=w)):
+    for call in (
+        lambda o: o.swiglu_forward(x, x[1:]),
+        lambda o: o.sigmoid_gate_forward(x, x[:, 1:]),
+        lambda o: o.rms_norm_forward(x, w[1:], 1e-6),
+        lambda o: o.gated_rms_norm_forward(x, x[1:], w, 1e-6),
+        lambda o: o.rope_forward(x, w[None], w[None]),
+        lambda o: o.decay_gate_forward(x, x, w, w[1:]),
+        lambda o: o.causal_conv1d_forward(x[0], w[None]),
+        lambda o: o.softmax_attention_forward(x, x[:, 1:], x),
+        lambda o: o.causal_conv1d_forward(x[0], np.ones((4, 3)), state=x[0, :2]),
+        lambda o: o.cross_entropy_forward(x[0, 0], np.array([0, 4])),
+        lambda o: o.cross_entropy_forward(x[0, 0], np.array([0])),
+        lambda o: o.cross_entropy_forward(x[0, 0], np.array([0, 1]), count=0),
+        lambda o: o.linear_cross_entropy_forward(x[0, 0], w[None, :3], np.array([0, 0])),
+        lambda o: o.gated_delta_rule_forward(x, x, x, g=w, beta=w),
+    ):
         messages = []
         for backend in (ops, nb):
             with pytest.raises(InputError) as raised:
@@ -441,12 +498,13 @@ def test_arrays_that_may_only_be_read_are_accepted():
     x, w = np.ones((1, 5, 2, 4), np.float32), np.ones((4, 3), np.float32)
     for array in (x, w):
         array.flags.writeable = False
-    assert nb.rms_norm_forward(x, w[:, 0], 1e-6)[0].shape == x.shape                   # strided as well
+    assert nb.rms_norm_forward(x, w[:, 0], 1e-6)[0].shape == x.shape  # strided as well
     assert nb.causal_conv1d_forward(x[:, :, 0], w)[0].shape == (1, 5, 4)
     assert nb.gated_delta_rule_forward(x, x, x, g=-x[..., 0], beta=x[..., 0])[0].shape == x.shape
 
 
 # ---- the whole model
+
 
 def test_gradients_in_float32_are_those_of_ops_to_its_noise():
     """Every parameter of a model, both backends in float32 against ops in float64. Measured: our error is 1.2 times

@@ -129,7 +129,8 @@ def _skip(found, patterns):
         if kind:
             del found[name]
             counts[kind] = counts.get(kind, 0) + 1
-    return [f"{counted(count, kind + ' tensor')} skipped: only the text model is used" for kind, count in counts.items()]
+    return [f"{counted(count, f'{kind} tensor')} skipped: only the text model is used"
+            for kind, count in counts.items()]
 
 
 def _check(where, expected, found):

@@ -3,6 +3,7 @@
 The model computes as always; its layers pass their stages to an observer (Layer.see), which copies them. docs/trace.md
 explains the names, and the file, to those who write one from another implementation.
 """
+
 import json
 from dataclasses import asdict
 from typing import NamedTuple
@@ -24,10 +25,11 @@ FORMAT = "deltanet_ref.trace/1"
 
 class Traced(NamedTuple):
     """One tensor of one trace."""
-    name: str                 # "blk.0.conv", "d.blk.0.conv", "d.blk.0.ssm_a", "logits"
-    axes: tuple               # letters; () for the gradient of a parameter
+
+    name: str  # "blk.0.conv", "d.blk.0.conv", "d.blk.0.ssm_a", "logits"
+    axes: tuple  # letters; () for the gradient of a parameter
     shape: tuple
-    v_heads: VHeads | None    # the axis over the value heads, which stand in grouped order
+    v_heads: VHeads | None  # the axis over the value heads, which stand in grouped order
     meaning: str
 
 
@@ -55,7 +57,7 @@ def trace_table(config, L):
         if s.gradient:
             table.append(_traced(f"d.{prefix}{s.name}", s, size))
         for parameter in s.parameters:
-            spec = specs.get(prefix + parameter)                           # none of a tied head
+            spec = specs.get(prefix + parameter)  # none of a tied head
             if spec is not None:
                 table.append(Traced(f"d.{spec.name}", (), spec.shape, spec.v_heads, "gradient of the parameter"))
     return {t.name: t for t in table}
@@ -80,14 +82,16 @@ def order_value_heads(x, traced, config, to):
 
 # ---- the file
 
+
 class Trace(NamedTuple):
     """Named tensors and what they were made from."""
-    tensors: dict             # name -> array; in a file that was read: a mapping that reads each when it is asked for
+
+    tensors: dict  # name -> array; in a file that was read: a mapping that reads each when it is asked for
     config: Config
-    tokens: list              # of int
-    dtype: str                # of the computation
-    model: str                # where the parameters came from
-    version: str              # the software that wrote it
+    tokens: list  # of int
+    dtype: str  # of the computation
+    model: str  # where the parameters came from
+    version: str  # the software that wrote it
     head_order: str = "grouped"
 
     def table(self):
@@ -120,6 +124,7 @@ def read_trace(path):
 
 
 # ---- recording
+
 
 def trace(model, tokens, backward=False, name="", version=""):
     """Records a forward over one sequence of tokens, and the backward of its loss -> Trace.

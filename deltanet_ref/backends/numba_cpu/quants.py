@@ -23,9 +23,27 @@ from deltanet_ref.backends.numba_cpu.arrays import row
 from deltanet_ref.backends.numba_cpu.compiler import INLINED, inlined, kernel
 from deltanet_ref.backends.numba_cpu.linear import product
 from deltanet_ref.backends.numba_cpu.threads import run_together
-from deltanet_ref.backends.numba_cpu.vectors import (add_pairs, fields, filled, half_to_float, high, join, lane, load,
-                                                     lookup, low, multiply_add, repeated, signed, store, to_float,
-                                                     total, unrolled, upper_half_to_float, widened)
+from deltanet_ref.backends.numba_cpu.vectors import (
+    add_pairs,
+    fields,
+    filled,
+    half_to_float,
+    high,
+    join,
+    lane,
+    load,
+    lookup,
+    low,
+    multiply_add,
+    repeated,
+    signed,
+    store,
+    to_float,
+    total,
+    unrolled,
+    upper_half_to_float,
+    widened,
+)
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
 
