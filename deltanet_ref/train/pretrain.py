@@ -94,8 +94,8 @@ OPTION_RULES = (
     ("rotary", lambda x: 0 < x <= 1, "above 0 and at most 1"),
     ("seq_len context", lambda x: x >= 2, "at least 2"),
     (
-        "steps batch_size log_every threads hidden layers ffn heads kv_heads head_dim delta_key_heads delta_value_heads "
-        "delta_head_dim conv_kernel",
+        "steps batch_size log_every threads hidden layers ffn heads kv_heads head_dim delta_key_heads "
+        "delta_value_heads delta_head_dim conv_kernel",
         lambda x: x >= 1,
         "at least 1",
     ),

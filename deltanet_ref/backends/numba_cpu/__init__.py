@@ -1,8 +1,8 @@
 """The operators on the CPU, in kernels on several threads, under the names of deltanet_ref.ops.
 
-For float32 and float64 inputs each kernel matches the op of the same name up to rounding; other dtypes raise InputError.
-The bits of a result are the same in every run and for any number of threads, except attention's dk and dv, which are
-sums over more parts when there are more threads than sequences and key heads.
+For float32 and float64 inputs each kernel matches the op of the same name up to rounding; other dtypes raise
+InputError. The bits of a result are the same in every run and for any number of threads, except attention's dk and dv,
+which are sums over more parts when there are more threads than sequences and key heads.
 
 To import this package changes the process: freed memory stays with it (malloc.py), and SciPy's BLAS runs on one thread
 (blas.py).

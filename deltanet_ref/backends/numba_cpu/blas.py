@@ -2,8 +2,8 @@
 
 The threads are the kernels' own: a BLAS that splits a product over threads of its own waits for all of them inside
 every product, spinning, and under other load one of them is not running (measured with two busy processes on two cores:
-a product of 0.2 ms took 12 ms). SciPy's wheel has a library of its own, so NumPy's keeps its threads for other code. Where
-both packages share one library it is limited to one thread, in the whole process.
+a product of 0.2 ms took 12 ms). SciPy's wheel has a library of its own, so NumPy's keeps its threads for other code.
+Where both packages share one library it is limited to one thread, in the whole process.
 """
 from pathlib import Path
 
@@ -38,7 +38,8 @@ PLAIN, TRANSPOSED, RIGHT, UPPER, UNIT = (ord(letter) for letter in "NTRUU")
 
 @inlined
 def gemm(alpha, A, B, beta, C):
-    """C <- alpha A B + beta C. A (m, k), B (k, n), either with contiguous rows or columns; C (m, n) with contiguous rows.
+    """C <- alpha A B + beta C. A (m, k), B (k, n), either with contiguous rows or columns; C (m, n) with contiguous
+    rows.
 
     Fortran sees every array transposed, so the call computes C^T = B^T A^T.
     """

@@ -16,7 +16,8 @@ FLOATS = {"f": types.float32, "d": types.float64}
 
 # Numba compiles a stored kernel again when the kernel's own file has changed. The functions that kernels share are in
 # other files, so a checksum of all files is part of each kernel's name.
-SHARED_SOURCE = "_%08x" % zlib.crc32(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+SOURCES = sorted(Path(__file__).parent.glob("*.py"))
+SHARED_SOURCE = f"_{zlib.crc32(b''.join(file.read_bytes() for file in SOURCES)):08x}"
 
 
 class _Notice(event.Listener):
