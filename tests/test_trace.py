@@ -394,7 +394,7 @@ BAD = [
     ("trace {d}/absent.gguf --tokens 1 -o {d}/t.safetensors", "absent.gguf"),
     ("diff {d}/ours.safetensors", "two traces"),
     ("diff {d}/ours.safetensors {d}/absent.safetensors", "absent.safetensors"),
-    ("diff {d}/ours.safetensors {hf}", "is no trace"),
+    ("diff {d}/ours.safetensors {hf}", "is not a trace"),
     ("diff {d}/ours.safetensors {d}/cut.safetensors", "cut.safetensors"),
     ("diff {d}/ours.safetensors {d}/damaged.safetensors", "damaged or incomplete"),
     ("diff {d}/ours.safetensors {d}/others.safetensors", "different tokens"),

@@ -34,6 +34,8 @@ class StoredTensors(Protocol):
 
 
 class Backend(Protocol):
+    """The names of a backend module; the functions are signatures."""
+
     # ---- arrays
     name: str  # "numpy", "numba"
     xp: ModuleType  # NumPy's interface to the arrays that the operators take and return: numpy, cupy

@@ -23,10 +23,12 @@ LONGEST = 1 << 21  # characters of a rendered conversation: 8 per token of a con
 
 
 def raise_exception(message):
+    """What chat templates call to refuse a conversation."""
     raise TemplateError(message)
 
 
 def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """JSON as transformers' template filter prints it."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

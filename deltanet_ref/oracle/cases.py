@@ -30,6 +30,7 @@ class Case:
 
     @property
     def group(self) -> str:
+        """The group of cases, the first part of the id."""
         return self.id.split("/")[0]
 
     @property

@@ -86,7 +86,7 @@ def order_value_heads(x, traced, config, to):
 class Trace(NamedTuple):
     """Named tensors and what they were made from."""
 
-    tensors: dict  # name -> array; in a file that was read: a mapping that reads each when it is asked for
+    tensors: dict  # name -> array; of a file: a mapping that reads each on access
     config: Config
     tokens: list  # of int
     dtype: str  # of the computation
@@ -94,23 +94,24 @@ class Trace(NamedTuple):
     version: str  # the software that wrote it
     head_order: str = "grouped"
 
-    def table(self):
+    def table(self) -> dict:
+        """Every tensor that a whole trace of this model and these tokens has: trace_table."""
         return trace_table(self.config, len(self.tokens))
 
 
 def write_trace(path, trace):
-    """Writes a .safetensors file: the tensors, and the rest as metadata, each a string (config and tokens are JSON)."""
+    """Write a .safetensors file: the tensors, and the rest as string metadata (config and tokens as JSON)."""
     metadata = {"format": FORMAT, "config": json.dumps(asdict(trace.config)), "tokens": json.dumps(trace.tokens)}
     metadata |= {field: getattr(trace, field) for field in ("dtype", "model", "version", "head_order")}
     write_safetensors(path, trace.tensors, metadata)
 
 
 def read_trace(path):
-    """Reads a trace. Raises InputError for a file that is no trace or whose metadata cannot be read."""
+    """Read a trace. Raises InputError for a file that is not a trace, or whose metadata cannot be read."""
     file = read_safetensors(path)
     data = file.metadata
     if data.get("format") != FORMAT:
-        raise InputError(f"{path}: is no trace: its metadata must say format = {FORMAT} (docs/trace.md tells the rest)")
+        raise InputError(f"{path}: is not a trace: its metadata must contain format = {FORMAT} (docs/trace.md)")
     try:
         config = json.loads(data["config"])
         config = Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})

@@ -13,6 +13,7 @@ from deltanet_ref.oracle.steps import Step, changed, evaluate, steps
 
 
 def unrounded(x):
+    """x itself: the rounding of operands that are not rounded."""
     return x
 
 

@@ -6,6 +6,7 @@ import sys
 
 
 def main():
+    """Answer questions until stdin ends."""
     questions, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # callables print to stderr
 

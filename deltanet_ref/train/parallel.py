@@ -43,6 +43,7 @@ class ParallelModel:
         }
 
     def loss_and_grads(self, batch):
+        """The mean loss of a batch and the gradient of every parameter; sequences run on threads of their own."""
         self.update_decay()
         cu = batch.cu_seqlens
         sequences = [batch.tokens[:, a:b] for a, b in zip(cu, cu[1:])]

@@ -25,6 +25,7 @@ class Vector(types.Type):
 
 @register_model(Vector)
 class VectorModel(PrimitiveModel):
+    """A Vector is LLVM's vector type, passed by value."""
     def __init__(self, models, vector):
         super().__init__(models, vector, ir.VectorType(models.lookup(vector.dtype).get_data_type(), vector.lanes))
 
