@@ -48,7 +48,7 @@ def main():
     if args.memory:
         print(json.dumps(extra_memory(*args.memory, args.threads)))
         return
-    from deltanet_ref.train.memory import keep_freed_memory
+    from deltanet_ref.backends.numba_cpu.malloc import keep_freed_memory
 
     keep_freed_memory()  # for all engines, as in training: else new pages are timed too
     rows = [row for size in SIZES for row in measure(size, args)]

@@ -30,12 +30,13 @@ NOISE = 2e-5  # float32 against float64, of the whole gradient of a tiny model: 
 PAUSE = 0.2  # seconds between steps: threads of the engine before that still spin go to sleep
 # functions of the backend by what they are, for the profile; all other time counts as element-wise
 KINDS = {
-    "matrix products": "linear_forward linear_backward_input linear_backward_weight linear_add "
-    "linear_cross_entropy_forward stored_linear_forward stored_linear_backward_input",
+    "matrix products": "linear_forward linear_backward_input linear_backward_weight "
+    "linear.linear_forward linear.linear_add linear.linear_backward_input linear.linear_backward_weight "
+    "stored.linear_forward stored.linear_backward_input",
     "delta rule": "gated_delta_rule_forward gated_delta_rule_backward",
     "attention": "softmax_attention_forward softmax_attention_backward",
-    "dequantisation": "dequantize quants.decode_into",
-    "element-wise": "cross_entropy._absorb",
+    "dequantisation": "stored.dequantize quants.decode_into",
+    "element-wise": "",
 }
 
 
@@ -126,10 +127,8 @@ def work(engine, type, shape, length, checkpoint, threads):
     """The other side of Worker: answers each line of stdin with a line of JSON."""
     import numpy as np
 
-    from deltanet_ref.train.memory import keep_freed_memory, start_phase
+    from deltanet_ref.train.memory import start_phase
 
-    if engine == "numba":
-        keep_freed_memory()  # as `deltanet-ref train` does
     tokens = np.random.default_rng(1).integers(0, 200_000, (1, length))
     make = ours if engine == "numba" else hf_peft
     step, details = make(shape, type, tokens, checkpoint, threads)
@@ -294,10 +293,10 @@ def shapes_of_products(name, args):
     def rows(x):
         return x.size // x.shape[-1]
 
-    if name in ("linear_forward", "stored_linear_forward"):
+    if name == "linear_forward":
         x, w = args
         return [(rows(x), *t.shape[::-1]) for t in (w if isinstance(w, list) else [w])]
-    if name in ("linear_backward_input", "stored_linear_backward_input"):
+    if name == "linear_backward_input":
         dy, w = args
         return [(rows(dy), *w.shape)]
     if name == "linear_backward_weight":
@@ -306,12 +305,6 @@ def shapes_of_products(name, args):
     if name == "linear_add":
         y, x, w = args
         return [(rows(y), *w.shape[::-1])]
-    if name == "linear_cross_entropy_forward":
-        from deltanet_ref.ops.linear_cross_entropy import BLOCK
-
-        x, w, labels = args
-        kept = int((labels >= 0).sum())
-        return [(kept, x.shape[1], BLOCK), (kept, BLOCK, x.shape[1])] * (len(w) // BLOCK)
     return []
 
 

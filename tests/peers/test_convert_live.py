@@ -1,4 +1,4 @@
-"""Converted and merged models in HF, PEFT and llama.cpp, and our quantisers beside ggml's own on fresh values."""
+"""Converted and merged models in HF, PEFT and llama.cpp, and our quantisers against ggml on fresh values."""
 
 import ctypes
 import json

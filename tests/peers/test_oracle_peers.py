@@ -1,4 +1,4 @@
-"""The oracle beside torch and HF: their functions raise no alarm, their autograd agrees with our gradients."""
+"""The oracle and its peers torch and HF: their functions raise no alarm, their autograd agrees with our gradients."""
 
 import json
 from pathlib import Path
