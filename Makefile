@@ -9,7 +9,7 @@
 #                     processor can run (30 minutes; ARGS=--short: three machines, fewer tests, 6 minutes)
 # make test-peers     compare live with HF, PEFT and llama.cpp (10 minutes)
 # make test-wheel     all tests against a wheel built from the sdist, outside the checkout (8 minutes; ARGS="-m 'not slow'": 2)
-# make fuzz           10,000 damaged files of each of eight kinds, guided by the code that they reach (Linux)
+# make fuzz           10,000 damaged files of each kind, guided by the code that they reach (Linux)
 # make vectors        make the conformance vectors anew from the definition, and check them
 
 PYTHON ?= python3

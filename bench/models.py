@@ -5,6 +5,7 @@
 A type's blocks are a million random values, quantised once and repeated with a period that is no multiple of a row. The
 vocabulary is the real one, from the tests' fixtures.
 """
+
 import argparse
 import gzip
 import shutil
@@ -25,24 +26,52 @@ from deltanet_ref.model.tensors import expected_tensors  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 DIRECTORY = ROOT / "build" / "models"
 VOCABULARY = ROOT / "tests" / "fixtures" / "realvocab.gguf.gz"
-SMALL = dict(num_hidden_layers=24, hidden_size=1024, intermediate_size=3584, num_attention_heads=8,
-             num_key_value_heads=2, linear_num_value_heads=16)
-SHAPES = {"0.8B": SMALL, "2B": SMALL | dict(hidden_size=2048, intermediate_size=6144),
-          "4B": dict(num_hidden_layers=32, hidden_size=2560, intermediate_size=9216, num_attention_heads=16,
-                     num_key_value_heads=4, linear_num_value_heads=32),
-          "tiny": SMALL | dict(num_hidden_layers=4, hidden_size=256, intermediate_size=512)}
+SMALL = dict(
+    num_hidden_layers=24,
+    hidden_size=1024,
+    intermediate_size=3584,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    linear_num_value_heads=16,
+)
+SHAPES = {
+    "0.8B": SMALL,
+    "2B": SMALL | dict(hidden_size=2048, intermediate_size=6144),
+    "4B": dict(
+        num_hidden_layers=32,
+        hidden_size=2560,
+        intermediate_size=9216,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        linear_num_value_heads=32,
+    ),
+    "tiny": SMALL | dict(num_hidden_layers=4, hidden_size=256, intermediate_size=512),
+}
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K", "Q4_K_M")
-PERIOD = 1_000_003            # values, or the next whole number of blocks
+PERIOD = 1_000_003  # values, or the next whole number of blocks
 
 
 def config_of(shape):
     """The Config of a published model's text part."""
     s = SHAPES[shape]
-    return Config(**s, vocab_size=248_320, head_dim=256, linear_num_key_heads=16, linear_key_head_dim=128,
-                  linear_value_head_dim=128, linear_conv_kernel_dim=4, rms_norm_eps=1e-6, rope_theta=1e7,
-                  partial_rotary_factor=0.25, mrope_section=(11, 11, 10), tie_word_embeddings=True,
-                  layer_types=tuple("full_attention" if i % 4 == 3 else "linear_attention"
-                                    for i in range(s["num_hidden_layers"])), max_position_embeddings=32768)
+    return Config(
+        **s,
+        vocab_size=248_320,
+        head_dim=256,
+        linear_num_key_heads=16,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_conv_kernel_dim=4,
+        rms_norm_eps=1e-6,
+        rope_theta=1e7,
+        partial_rotary_factor=0.25,
+        mrope_section=(11, 11, 10),
+        tie_word_embeddings=True,
+        layer_types=tuple(
+            "full_attention" if i % 4 == 3 else "linear_attention" for i in range(s["num_hidden_layers"])
+        ),
+        max_position_embeddings=32768,
+    )
 
 
 def random_gguf(shape, type):

@@ -10,6 +10,7 @@ small model are checked against ops in float64; a wrong engine is not timed. Wri
 times, peaks of memory (VmHWM, reset for each phase), where the time of a step goes, and the time of the step's
 matrix products alone, on arrays of the same shapes.
 """
+
 import argparse
 import datetime
 import importlib.util
@@ -25,14 +26,18 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 RANK, ALPHA, LR = 16, 32, 2e-4
-NOISE = 2e-5                  # float32 against float64, of the whole gradient of a tiny model: measured 1e-6 .. 4e-6
-PAUSE = 0.2                   # seconds between steps: threads of the engine before that still spin go to sleep
+NOISE = 2e-5  # float32 against float64, of the whole gradient of a tiny model: measured 1e-6 .. 4e-6
+PAUSE = 0.2  # seconds between steps: threads of the engine before that still spin go to sleep
 # functions of the backend by what they are, for the profile; all other time counts as element-wise
-KINDS = {"matrix products": "linear_forward linear_backward_input linear_backward_weight linear_add "
-                            "linear_cross_entropy_forward stored_linear_forward stored_linear_backward_input",
-         "delta rule": "gated_delta_rule_forward gated_delta_rule_backward",
-         "attention": "softmax_attention_forward softmax_attention_backward",
-         "dequantisation": "dequantize quants.decode_into", "element-wise": "cross_entropy._absorb"}
+KINDS = {
+    "matrix products": "linear_forward linear_backward_input linear_backward_weight "
+    "linear.linear_forward linear.linear_add linear.linear_backward_input linear.linear_backward_weight "
+    "stored.linear_forward stored.linear_backward_input",
+    "delta rule": "gated_delta_rule_forward gated_delta_rule_backward",
+    "attention": "softmax_attention_forward softmax_attention_backward",
+    "dequantisation": "stored.dequantize quants.decode_into",
+    "element-wise": "",
+}
 
 
 def main():
@@ -50,16 +55,29 @@ def main():
         return work(**json.loads(args.work), threads=args.threads)
     check()
     from models import random_gguf
+
     for type in args.types.split(","):
-        random_gguf(args.shape, type)                   # here, so that no engine's memory has seen it made
-    rows = [row for length in args.lengths.split(",")
-            for row in measure(args, int(length.rstrip("c")), checkpoint=length.endswith("c"))]
+        random_gguf(args.shape, type)  # here, so that no engine's memory has seen it made
+    rows = [
+        row
+        for length in args.lengths.split(",")
+        for row in measure(args, int(length.rstrip("c")), checkpoint=length.endswith("c"))
+    ]
     from delta_rule import commit, machine, versions
-    record = dict(machine=machine(), threads=args.threads, rounds=args.rounds, shape=args.shape, versions=versions(),
-                  commit=commit(), date=datetime.date.today().isoformat(), rows=rows)
+
+    record = dict(
+        machine=machine(),
+        threads=args.threads,
+        rounds=args.rounds,
+        shape=args.shape,
+        versions=versions(),
+        commit=commit(),
+        date=datetime.date.today().isoformat(),
+        rows=rows,
+    )
     table = markdown(record)
     print(table)
-    if args.shape != "tiny":                            # which is there to try the script
+    if args.shape != "tiny":  # which is there to try the script
         RESULTS.mkdir(exist_ok=True)
         name = f"train_step_{args.shape}"
         (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -75,13 +93,14 @@ def set_threads(threads):
 def measure(args, length, checkpoint):
     """A row for each engine: medians of steps taken in turns."""
     from worker import Worker
+
     peers = not args.no_peers and all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft"))
     engines = [("numba", type) for type in args.types.split(",")] + [("HF + PEFT", "F32")] * peers
     workers, steps = [], [[] for _ in engines]
     for engine, type in engines:
         what = dict(engine=engine, type=type, shape=args.shape, length=length, checkpoint=checkpoint)
         workers.append(Worker(__file__, "--threads", str(args.threads), "--work", json.dumps(what)))
-        workers[-1].answer()                            # it has loaded, compiled and taken its first step
+        workers[-1].answer()  # it has loaded, compiled and taken its first step
     for _ in range(args.rounds):
         for worker, taken in zip(workers, steps):
             time.sleep(PAUSE)
@@ -89,8 +108,18 @@ def measure(args, length, checkpoint):
     rows = []
     for (engine, type), worker, taken in zip(engines, workers, steps):
         seconds = [step["seconds"] for step in taken]
-        rows.append(dict(engine=engine, type=type, length=length, checkpoint=checkpoint, loss=taken[0]["loss"],
-                         median_s=statistics.median(seconds), least_s=min(seconds), **worker.finish()))
+        rows.append(
+            dict(
+                engine=engine,
+                type=type,
+                length=length,
+                checkpoint=checkpoint,
+                loss=taken[0]["loss"],
+                median_s=statistics.median(seconds),
+                least_s=min(seconds),
+                **worker.finish(),
+            )
+        )
     return rows
 
 
@@ -98,9 +127,8 @@ def work(engine, type, shape, length, checkpoint, threads):
     """The other side of Worker: answers each line of stdin with a line of JSON."""
     import numpy as np
 
-    from deltanet_ref.train.memory import keep_freed_memory, start_phase
-    if engine == "numba":
-        keep_freed_memory()                             # as `deltanet-ref train` does
+    from deltanet_ref.train.memory import start_phase
+
     tokens = np.random.default_rng(1).integers(0, 200_000, (1, length))
     make = ours if engine == "numba" else hf_peft
     step, details = make(shape, type, tokens, checkpoint, threads)
@@ -120,12 +148,14 @@ def work(engine, type, shape, length, checkpoint, threads):
 
 # ---- the engines: each gives step() -> loss, and details() -> what else there is to tell
 
+
 def ours(shape, type, tokens, checkpoint, threads):
     from models import random_gguf
 
     import deltanet_ref as dr
     from deltanet_ref.lora.adapter import new_adapter
     from deltanet_ref.train.adamw import AdamW, clip_by_global_norm
+
     model = dr.load_model(random_gguf(shape, type), backend="numba", weights="mapped")
     adapter = new_adapter(model, RANK, ALPHA)
     model.attach(adapter, trainable=True)
@@ -142,6 +172,7 @@ def ours(shape, type, tokens, checkpoint, threads):
         whole = timed(step)
         watch.seconds["element-wise"] += whole - sum(watch.seconds.values())
         return dict(profile=watch.seconds, products_s=products_alone(watch.products))
+
     return step, details
 
 
@@ -152,10 +183,23 @@ def hf_peft(shape, type, tokens, checkpoint, threads):
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     from deltanet_ref.model.convert import hf_config
+
     torch.set_num_threads(threads)
     model = Qwen3_5ForCausalLM(Qwen3_5TextConfig.from_dict(hf_config(config_of(shape), "float32")))
-    targets = ["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj",
-               "gate_proj", "up_proj", "down_proj"]
+    targets = [
+        "in_proj_qkv",
+        "in_proj_z",
+        "in_proj_a",
+        "in_proj_b",
+        "out_proj",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
     if checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
@@ -171,10 +215,12 @@ def hf_peft(shape, type, tokens, checkpoint, threads):
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         return loss.item()
+
     return step, dict
 
 
 # ---- checked first
+
 
 def check():
     """Loss and gradients of a small model in float32, with and without checkpointing, against ops in float64."""
@@ -189,9 +235,12 @@ def check():
     from deltanet_ref.model.qwen35 import Qwen35
     from deltanet_ref.model.tensors import expected_tensors
     from deltanet_ref.model.weights import Weights
+
     config, rng = replace(config_of("tiny"), vocab_size=5000), np.random.default_rng(3)
-    weights = {name: small_tensor(name, rng.standard_normal(spec.shape, np.float32))
-               for name, spec in expected_tensors(config).items()}
+    weights = {
+        name: small_tensor(name, rng.standard_normal(spec.shape, np.float32))
+        for name, spec in expected_tensors(config).items()
+    }
     models = []
     for dtype, backend in (("float64", ops), ("float32", get_backend("numba"))):
         stored = {name: w.astype(dtype) for name, w in weights.items()}
@@ -204,19 +253,22 @@ def check():
     loss, exact = models[0].loss_and_grads(tokens, tokens, wrt="lora")
     for keep in ("products", "inputs"):
         found_loss, found = models[1].loss_and_grads(tokens, tokens, wrt="lora", keep=keep)
-        error = np.sqrt(sum(np.sum((found[name] - exact[name]) ** 2) for name in exact)
-                        / sum(np.sum(x ** 2) for x in exact.values()))
+        error = np.sqrt(
+            sum(np.sum((found[name] - exact[name]) ** 2) for name in exact) / sum(np.sum(x**2) for x in exact.values())
+        )
         if not (error < NOISE and abs(found_loss / loss - 1) < NOISE):
             sys.exit(f"wrong with keep={keep}: loss {found_loss} instead of {loss}, gradients off by {error:.1e}")
 
 
 # ---- where the time goes
 
+
 class Stopwatch:
     """Adds up the seconds in the functions of KINDS, without those they call, and the shapes of matrix products."""
 
     def __init__(self):
         from deltanet_ref.backends import numba_cpu
+
         self.seconds, self.products = dict.fromkeys(KINDS, 0.0), Counter()
         for kind, names in KINDS.items():
             for name in names.split():
@@ -231,18 +283,20 @@ class Stopwatch:
             result = function(*args, **options)
             self.seconds[kind] += time.perf_counter() - start - (sum(self.seconds.values()) - others)
             return result
+
         return call
 
 
 def shapes_of_products(name, args):
     """(m, k, n) of each product (m, k) (k, n) that a function computes."""
+
     def rows(x):
         return x.size // x.shape[-1]
 
-    if name in ("linear_forward", "stored_linear_forward"):
+    if name == "linear_forward":
         x, w = args
         return [(rows(x), *t.shape[::-1]) for t in (w if isinstance(w, list) else [w])]
-    if name in ("linear_backward_input", "stored_linear_backward_input"):
+    if name == "linear_backward_input":
         dy, w = args
         return [(rows(dy), *w.shape)]
     if name == "linear_backward_weight":
@@ -251,17 +305,13 @@ def shapes_of_products(name, args):
     if name == "linear_add":
         y, x, w = args
         return [(rows(y), *w.shape[::-1])]
-    if name == "linear_cross_entropy_forward":
-        from deltanet_ref.ops.linear_cross_entropy import BLOCK
-        x, w, labels = args
-        kept = int((labels >= 0).sum())
-        return [(kept, x.shape[1], BLOCK), (kept, BLOCK, x.shape[1])] * (len(w) // BLOCK)
     return []
 
 
 def products_alone(products, repeats=3):
     """Seconds of these float32 products by NumPy: the best of a few runs of each shape, times their number."""
     import numpy as np
+
     total = 0.0
     for (m, k, n), count in products.items():
         a, b = np.ones((m, k), np.float32), np.ones((n, k), np.float32).T
@@ -277,24 +327,38 @@ def timed(function):
 
 # ---- what is written
 
+
 def markdown(record):
-    lines = [f"# A LoRA step, {record['shape']} shape, r {RANK} on all linear layers, all tokens trained\n\n"
-             f"{record['machine']}; {record['threads']} threads; medians of {record['rounds']} steps in turns; commit "
-             f"{record['commit']}, {record['date']}; "
-             + ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + ".\n",
-             "| L | checkpointing | engine | weights | s | tokens/s | faster than HF | peak GiB: load, first step, step "
-             "| matrix products alone, s | the step without dequantisation needs |", "|---" * 10 + "|"]
+    lines = [
+        f"# A LoRA step, {record['shape']} shape, r {RANK} on all linear layers, all tokens trained\n\n"
+        f"{record['machine']}; {record['threads']} threads; medians of {record['rounds']} steps in turns; commit "
+        f"{record['commit']}, {record['date']}; "
+        + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        + ".\n",
+        "| L | checkpointing | engine | weights | s | tokens/s | faster than HF | peak GiB: load, first step, step "
+        "| matrix products alone, s | the step without dequantisation needs |",
+        "|---" * 10 + "|",
+    ]
     for row in record["rows"]:
-        peer = next((other for other in record["rows"] if other["engine"] != "numba"
-                     and (other["length"], other["checkpoint"]) == (row["length"], row["checkpoint"])), None)
+        peer = next(
+            (
+                other
+                for other in record["rows"]
+                if other["engine"] != "numba"
+                and (other["length"], other["checkpoint"]) == (row["length"], row["checkpoint"])
+            ),
+            None,
+        )
         ratio = f"{peer['median_s'] / row['median_s']:.2f} x" if peer else ""
         peaks = ", ".join(f"{peak / 2**30:.2f}" for peak in row["peaks"].values())
         floor = "|"
         if "profile" in row:
             times = (row["median_s"] - row["profile"]["dequantisation"]) / row["products_s"]
             floor = f"{row['products_s']:.2f} | {times:.2f} times that"
-        lines.append(f"| {row['length']} | {'yes' if row['checkpoint'] else 'no'} | {row['engine']} | {row['type']} | "
-                     f"{row['median_s']:.2f} | {row['length'] / row['median_s']:.1f} | {ratio} | {peaks} | {floor} |")
+        lines.append(
+            f"| {row['length']} | {'yes' if row['checkpoint'] else 'no'} | {row['engine']} | {row['type']} | "
+            f"{row['median_s']:.2f} | {row['length'] / row['median_s']:.1f} | {ratio} | {peaks} | {floor} |"
+        )
     lines += ["\nWhere the time of a step goes, %:\n"]
     lines += [f"| L | weights | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 2) + "|"]
     for row in record["rows"]:
@@ -310,11 +374,14 @@ def draw(record, path):
     if not importlib.util.find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
+
     rows = [row for row in record["rows"] if "profile" in row]
     figure = Figure(figsize=(9, 1.2 + 0.4 * len(rows)), layout="constrained")
     axes = figure.add_subplot(xlabel="% of a step")
-    labels = [f"L {row['length']}, {row['type']}{', checkpointing' * row['checkpoint']}: {row['median_s']:.1f} s"
-              for row in rows]
+    labels = [
+        f"L {row['length']}, {row['type']}{', checkpointing' * row['checkpoint']}: {row['median_s']:.1f} s"
+        for row in rows
+    ]
     left = [0.0] * len(rows)
     for kind in KINDS:
         widths = [100 * row["profile"][kind] / sum(row["profile"].values()) for row in rows]

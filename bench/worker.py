@@ -1,4 +1,5 @@
 """A measured engine in a process of its own, so that its memory is its own and the engines take turns."""
+
 import json
 import subprocess
 import sys
@@ -8,8 +9,13 @@ class Worker:
     """A script of this directory with other arguments; it answers each line of its stdin with a line of JSON."""
 
     def __init__(self, script, *arguments, stderr=None):
-        self.process = subprocess.Popen([sys.executable, script, *arguments], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=stderr, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, script, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
 
     def ask(self, command):
         print(command, file=self.process.stdin, flush=True)

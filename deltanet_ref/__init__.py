@@ -7,6 +7,7 @@
 
 notation.py has the conventions, ops/ the mathematics, model/ the network.
 """
+
 from pathlib import Path
 
 from deltanet_ref.backends import get_backend
@@ -20,8 +21,16 @@ from deltanet_ref.model.qwen35 import Qwen35
 from deltanet_ref.train.lora import train
 from deltanet_ref.version import __version__
 
-__all__ = ["InputError", "generate", "get_backend", "load_adapter", "load_model", "load_tokenizer", "new_adapter",
-           "train"]
+__all__ = [
+    "InputError",
+    "generate",
+    "get_backend",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "new_adapter",
+    "train",
+]
 
 
 def load_model(path: str | Path, backend: str = "auto", dtype: str = "float32", weights: str = "auto") -> Qwen35:

@@ -1,4 +1,5 @@
 """python -m deltanet_ref: the command line."""
+
 import sys
 
 from deltanet_ref.cli.main import main

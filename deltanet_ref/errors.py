@@ -3,14 +3,15 @@
 Library messages name a Python option in backticks: "`seq_len` is 1, it must be at least 2". The command line prints the
 name of its own option there, --seq-len (cli/options.py), so that everybody reads the name they can change.
 """
+
 import os
 import re
 import reprlib
 import traceback
 from pathlib import Path
 
-LONGEST = 2000              # characters of a message
-LONGEST_VALUE = 200         # characters of a value that a message quotes
+LONGEST = 2000  # characters of a message
+LONGEST_VALUE = 200  # characters of a value that a message quotes
 
 
 class InputError(ValueError):
@@ -31,7 +32,7 @@ class InternalError(RuntimeError):
     """
 
     def __init__(self, text: str, details: str = ""):
-        super().__init__(text, details)        # both, so that it can be pickled
+        super().__init__(text, details)  # both, so that it can be pickled
         self.details = details
 
     def __str__(self):
@@ -41,9 +42,11 @@ class InternalError(RuntimeError):
     def of(cls, error: Exception, while_doing: str) -> "InternalError":
         """The InternalError that reports an unexpected exception."""
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        text = (f"internal error of the conformance kit while {while_doing}: {type(error).__name__}: {error} "
-                f"({Path(frame.filename).name}:{frame.lineno}). This is not a verdict on the implementation. Please "
-                "report it, with the traceback that follows, to the issue tracker of deltanet_ref")
+        text = (
+            f"internal error of the conformance kit while {while_doing}: {type(error).__name__}: {error} "
+            f"({Path(frame.filename).name}:{frame.lineno}). This is not a verdict on the implementation. Please "
+            "report it, with the traceback that follows, to the issue tracker of deltanet_ref"
+        )
         return cls(printable(" ".join(text.split())), "".join(traceback.format_exception(error)))
 
 
@@ -82,8 +85,10 @@ def where_to_get(path: object) -> str:
     name = str(path)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or name.endswith(".gguf") or os.path.exists(name.split("/")[0]):
         return ""
-    return (f". It looks like a name on the Hugging Face hub: download the model first (hf download {name} --local-dir "
-            f"{name.split('/')[1]}), or a GGUF file of it, and give that path")
+    return (
+        f". It looks like a name on the Hugging Face hub: download the model first (hf download {name} --local-dir "
+        f"{name.split('/')[1]}), or a GGUF file of it, and give that path"
+    )
 
 
 JSON_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}

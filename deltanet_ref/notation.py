@@ -30,6 +30,7 @@ One thing, five names:
 
 Head order: value head h reads key head h // (H_v / H_k) in grouped order (HF, FLA), h % H_k in tiled order (GGUF).
 """
+
 import numpy as np
 
 from deltanet_ref.errors import InputError

@@ -1,4 +1,5 @@
 """Which tests the targets of the Makefile leave out; tests/test_selection.py holds that each name exists."""
+
 import pytest
 
 # Left to `make test-long`: minutes on one core.
@@ -6,8 +7,15 @@ LONG = ["test_oracle_mutants.py::test_every_mutant_is_caught_and_nearly_all_are_
 
 # Left out of `make test-fast`: seconds each, for training runs, programs started per case, kernels compiled anew.
 SLOW = [
-    "test_adapters_at_runtime.py", "test_demo.py", "test_oracle_check.py", "test_oracle_mutants.py",
-    "test_oracle_programs.py", "test_routes.py", "test_train_lora.py", "test_readers.py", "test_cli.py",
+    "test_adapters_at_runtime.py",
+    "test_demo.py",
+    "test_oracle_check.py",
+    "test_oracle_mutants.py",
+    "test_oracle_programs.py",
+    "test_routes.py",
+    "test_train_lora.py",
+    "test_readers.py",
+    "test_cli.py",
     "test_backend_numba.py::test_a_kernel_just_compiled_computes_the_bits_of_a_stored_one",
     "test_numba_quants.py::test_products_equal_those_with_the_decoded_values_in_float64",
     "test_numba_quants.py::test_every_type_decodes_as_in_the_gguf_package_bit_for_bit",

@@ -1,4 +1,5 @@
 """Work counted instead of timed: the number of calls does not depend on the processor or its load."""
+
 import sys
 
 

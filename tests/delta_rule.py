@@ -1,4 +1,5 @@
 """Random arguments of the gated delta rule for the tests: sizes pairwise different, every head and row its own."""
+
 import numpy as np
 
 from deltanet_ref.ops.gated_delta_rule import recurrent_backward, recurrent_forward
@@ -34,13 +35,14 @@ def rule_floors(q, k, v, gates, do, dS_end, dtype, *, chunk_size=0, draws=2, **o
     A chunk's decay ratios are exp(gc_i - gc_j), differences of sums of up to chunk_size log decays: relative to the
     ratio they are off by eps times the largest of those sums, which the recurrence never forms.
     """
+
     def results(x):
         return list(definition(*x[:3], dict(zip(gates, x[3:6])), *x[6:], **options).values())
 
     arguments = [q, k, v, *gates.values(), do, dS_end]
     floors = noise_floors(results, arguments, dtype, draws)
     sums = np.cumsum(np.pad(gates["g"], ((0, 0), (chunk_size, 0), (0, 0))), 1, np.float64)
-    largest = np.abs(sums[:, chunk_size:] - sums[:, :sums.shape[1] - chunk_size]).max(initial=0) if chunk_size else 0
+    largest = np.abs(sums[:, chunk_size:] - sums[:, : sums.shape[1] - chunk_size]).max(initial=0) if chunk_size else 0
     return floors + rounding(largest, dtype) * np.array([np.linalg.norm(x) for x in results(arguments)])
 
 

@@ -4,6 +4,7 @@ It has the required operators of backends/interface.py and no optional capabilit
 NumPy function or implicit conversion raises: a model that runs on them uses only the backend's operators and array
 module.
 """
+
 import inspect
 import operator
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from deltanet_ref.model.qwen35 import HeadRows
 
 class DeviceArray:
     """An array that lives elsewhere. Its arithmetic works; NumPy functions on it raise TypeError."""
+
     __array_ufunc__ = None
 
     def __init__(self, host):
@@ -28,8 +30,9 @@ class DeviceArray:
     def __array_function__(self, function, *args):
         raise TypeError(f"np.{function.__name__} is called with a device array")
 
-    shape, dtype, ndim, size = (property(lambda self, name=name: getattr(self.host, name))
-                                for name in ("shape", "dtype", "ndim", "size"))
+    shape, dtype, ndim, size = (
+        property(lambda self, name=name: getattr(self.host, name)) for name in ("shape", "dtype", "ndim", "size")
+    )
 
     def __getattr__(self, name):
         """Methods such as reshape and sum, and T."""
@@ -62,8 +65,24 @@ def _reflected(name):
     return lambda self, other: wrapped(function(unwrapped(other), self.host))
 
 
-for name in ("add", "sub", "mul", "truediv", "matmul", "pow", "lt", "le", "gt", "ge", "eq", "ne", "iadd", "isub", "imul",
-             "itruediv"):
+for name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "matmul",
+    "pow",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+):
     setattr(DeviceArray, f"__{name}__", _forward(name))
 for name in ("add", "sub", "mul", "truediv", "matmul"):
     setattr(DeviceArray, f"__r{name}__", _reflected(name))
@@ -109,13 +128,16 @@ def wrapped(x):
 
 def lifted(function):
     """A NumPy function for device arrays."""
+
     def call(*args, **options):
         return wrapped(function(*map(unwrapped, args), **{name: unwrapped(x) for name, x in options.items()}))
+
     return call
 
 
 class ArrayModule:
     """NumPy's functions for device arrays; asarray alone takes an array of the host."""
+
     ndarray = DeviceArray
 
     @staticmethod
@@ -137,5 +159,10 @@ def to_host(x):
     return x.host if isinstance(x, DeviceArray) else np.asarray(x)
 
 
-BACKEND = SimpleNamespace(**{name: with_signature_of(getattr(ops, name)) for name in OPERATORS if name != "to_host"},
-                          **dict.fromkeys(OPTIONAL), name="device", xp=ArrayModule(), to_host=to_host)
+BACKEND = SimpleNamespace(
+    **{name: with_signature_of(getattr(ops, name)) for name in OPERATORS if name != "to_host"},
+    **dict.fromkeys(OPTIONAL),
+    name="device",
+    xp=ArrayModule(),
+    to_host=to_host,
+)

@@ -9,6 +9,7 @@ The table for ARM64 was written from OpenBLAS's list of kernels and has never ru
 
 Exit status: 0 all machines that can run passed, 1 a test or a read-back failed, 2 bad usage.
 """
+
 import argparse
 import json
 import os
@@ -21,15 +22,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-ASKED = "DELTANET_TEST_MACHINE"       # to the process that runs the tests: the machine that it must be
+ASKED = "DELTANET_TEST_MACHINE"  # to the process that runs the tests: the machine that it must be
 
 
 class Machine(NamedTuple):
-    kernel: str | None                # OPENBLAS_CORETYPE; None leaves the choice to OpenBLAS
-    needs: str                        # processor flags, as in /proc/cpuinfo
-    numba: tuple[str, str] | None     # NUMBA_CPU_NAME and NUMBA_CPU_FEATURES; None is this processor
-    threads: int                      # of OpenBLAS and of numba's kernels
-    aliases: tuple[str, ...] = ()     # other names under which OpenBLAS reports this kernel
+    kernel: str | None  # OPENBLAS_CORETYPE; None leaves the choice to OpenBLAS
+    needs: str  # processor flags, as in /proc/cpuinfo
+    numba: tuple[str, str] | None  # NUMBA_CPU_NAME and NUMBA_CPU_FEATURES; None is this processor
+    threads: int  # of OpenBLAS and of numba's kernels
+    aliases: tuple[str, ...] = ()  # other names under which OpenBLAS reports this kernel
 
 
 SSE3, V2, V3 = ("x86-64", "+sse3"), ("x86-64-v2", "+ssse3"), ("x86-64-v3", "+ssse3,+f16c")
@@ -60,19 +61,43 @@ TABLES = {
 SHORT = ("prescott", "haswell", "skylake", "armv8", "here-3")
 
 NUMERIC_SHORT = [
-    "test_ops_backward.py", "test_ops_causal_conv1d.py", "test_ops_cross_entropy.py", "test_ops_elementwise.py",
-    "test_ops_linear.py", "test_ops_norms.py", "test_ops_rope.py", "test_ops_softmax_attention.py",
-    "test_delta_rule.py", "test_decode.py", "test_backend_numba.py", "test_merge.py",
-    "test_oracle_programs.py::test_exported_cases_hold_the_inputs_and_the_expected_values"]
+    "test_ops_backward.py",
+    "test_ops_causal_conv1d.py",
+    "test_ops_cross_entropy.py",
+    "test_ops_elementwise.py",
+    "test_ops_linear.py",
+    "test_ops_norms.py",
+    "test_ops_rope.py",
+    "test_ops_softmax_attention.py",
+    "test_delta_rule.py",
+    "test_decode.py",
+    "test_backend_numba.py",
+    "test_merge.py",
+    "test_oracle_programs.py::test_exported_cases_hold_the_inputs_and_the_expected_values",
+]
 NUMERIC = [
-    *NUMERIC_SHORT, "test_model.py", "test_numba_quants.py", "test_oracle_vectors.py", "test_trace.py",
-    "test_train_adamw.py", "test_train_batches.py", "test_train_lora.py", "test_train_loop.py", "test_pretrain.py",
-    "test_verify.py", "test_adapter.py", "test_convert.py", "test_load.py", "test_quants.py"]
+    *NUMERIC_SHORT,
+    "test_model.py",
+    "test_numba_quants.py",
+    "test_oracle_vectors.py",
+    "test_trace.py",
+    "test_train_adamw.py",
+    "test_train_batches.py",
+    "test_train_lora.py",
+    "test_train_loop.py",
+    "test_pretrain.py",
+    "test_verify.py",
+    "test_adapter.py",
+    "test_convert.py",
+    "test_load.py",
+    "test_quants.py",
+]
 # it compiles twice in caches of its own, which no machine changes
 DESELECTED = ["test_backend_numba.py::test_a_kernel_just_compiled_computes_the_bits_of_a_stored_one"]
 
 
 # ---- in the process that runs the tests
+
 
 def read_back():
     """What this process computes with: {"numpy", "scipy": OpenBLAS kernel or None, "numba": CPU, "threads": number}."""
@@ -82,11 +107,18 @@ def read_back():
     from numba.core.registry import cpu_target
     from threadpoolctl import threadpool_info
 
-    kernels = {Path(library["filepath"]).parent.name.split(".")[0]: library["architecture"]
-               for library in threadpool_info() if library.get("internal_api") == "openblas"}
+    kernels = {
+        Path(library["filepath"]).parent.name.split(".")[0]: library["architecture"]
+        for library in threadpool_info()
+        if library.get("internal_api") == "openblas"
+    }
     _, cpu, features = cpu_target.target_context.codegen().magic_tuple()
-    return {"numpy": kernels.get("numpy"), "scipy": kernels.get("scipy"), "numba": [cpu, features],
-            "threads": config.NUMBA_NUM_THREADS}
+    return {
+        "numpy": kernels.get("numpy"),
+        "scipy": kernels.get("scipy"),
+        "numba": [cpu, features],
+        "threads": config.NUMBA_NUM_THREADS,
+    }
 
 
 def differences(machine, found):
@@ -114,6 +146,7 @@ def pytest_sessionstart(session):
 
 # ---- in the process that starts them
 
+
 def table():
     return TABLES[{"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())]
 
@@ -134,14 +167,19 @@ def cpu_flags():
 def environment(name, machine, caches):
     """The environment of a process that is to be the machine."""
     target = "-".join(machine.numba).replace("+", "").replace(",", "-") if machine.numba else "this-processor"
-    chosen = {ASKED: name, "OPENBLAS_NUM_THREADS": str(machine.threads), "NUMBA_NUM_THREADS": str(machine.threads),
-              "NUMBA_CACHE_DIR": str(Path(caches) / target)}
+    chosen = {
+        ASKED: name,
+        "OPENBLAS_NUM_THREADS": str(machine.threads),
+        "NUMBA_NUM_THREADS": str(machine.threads),
+        "NUMBA_CACHE_DIR": str(Path(caches) / target),
+    }
     if machine.kernel:
         chosen["OPENBLAS_CORETYPE"] = machine.kernel
     if machine.numba:
         chosen["NUMBA_CPU_NAME"], chosen["NUMBA_CPU_FEATURES"] = machine.numba
-    inherited = {key: value for key, value in os.environ.items()
-                 if not key.startswith(("OPENBLAS_", "NUMBA_", "OMP_", "GOTO_"))}
+    inherited = {
+        key: value for key, value in os.environ.items() if not key.startswith(("OPENBLAS_", "NUMBA_", "OMP_", "GOTO_"))
+    }
     return inherited | chosen
 
 
@@ -155,7 +193,7 @@ def why_not(machine, env, flags):
     program = "import json; from tests.machines import read_back; print(json.dumps(read_back()))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
-        return None                                # the tests will say what is wrong
+        return None  # the tests will say what is wrong
     found = json.loads(done.stdout)
     if not found["numpy"] or not found["scipy"]:
         return "NumPy or SciPy has another BLAS than OpenBLAS"
@@ -170,9 +208,24 @@ def run(name, machine, tests, caches):
     if reason := why_not(machine, env, cpu_flags()):
         return "skipped", reason, ""
     deselect = [f"--deselect=tests/{test}" for test in DESELECTED]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-p", "tests.machines", *deselect,
-                           *(f"tests/{test}" for test in tests)],
-                          cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-n",
+            "0",
+            "-p",
+            "tests.machines",
+            *deselect,
+            *(f"tests/{test}" for test in tests),
+        ],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     last = done.stdout.strip().rpartition("\n")[2]
     return ("FAILED" if done.returncode else "passed"), last, done.stdout
 
@@ -199,9 +252,11 @@ def main():
         for name, result in results.items():
             status, words, output = result.result()
             machine = table()[name]
-            print(f"{name:16} {status:8} OpenBLAS {machine.kernel or 'as chosen':15} "
-                  f"numba {machine.numba[0] if machine.numba else 'native':10} threads {machine.threads}  {words}",
-                  flush=True)
+            print(
+                f"{name:16} {status:8} OpenBLAS {machine.kernel or 'as chosen':15} "
+                f"numba {machine.numba[0] if machine.numba else 'native':10} threads {machine.threads}  {words}",
+                flush=True,
+            )
             if status == "FAILED":
                 failed.append(name)
                 print(output, flush=True)

@@ -1,13 +1,23 @@
 """Kernels for the tests of the oracle: a loop over tokens, forward and backward, into which single mistakes can be
 planted, and a chunked form. They share no code with deltanet_ref.ops or the mutants."""
+
 import numpy as np
 
 
 def loop_forward(q, k, v, *, g, beta, S0, scale, cu_seqlens=None, mistake=None, states=None):
     """One step per token, for all rows and heads at once; packed sequences one after the other."""
     if cu_seqlens is not None:
-        parts = [loop_forward(*(x[:, a:b] for x in (q, k, v)), g=g[:, a:b], beta=beta[:, a:b], S0=S0[n:n + 1],
-                              scale=scale, mistake=mistake) for n, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:]))]
+        parts = [
+            loop_forward(
+                *(x[:, a:b] for x in (q, k, v)),
+                g=g[:, a:b],
+                beta=beta[:, a:b],
+                S0=S0[n : n + 1],
+                scale=scale,
+                mistake=mistake,
+            )
+            for n, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:]))
+        ]
         return np.concatenate([o for o, _ in parts], 1), np.concatenate([S for _, S in parts])
     q, k = expand(q, v, mistake), expand(k, v, mistake)
     L = v.shape[1]
@@ -41,7 +51,7 @@ def loop_forward(q, k, v, *, g, beta, S0, scale, cu_seqlens=None, mistake=None, 
         if mistake != "read before write":
             o[:, t] = scale * np.einsum("bhk,bhkv->bhv", q[:, t], S)
     if mistake == "tail of 16 not written":
-        o[:, L - L % 16:] = 0
+        o[:, L - L % 16 :] = 0
     return o, S
 
 

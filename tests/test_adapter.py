@@ -1,4 +1,5 @@
 """LoRA adapters: PEFT and GGUF files hold the same factors and the same update; bad files are refused."""
+
 import json
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 from gguf import GGUFReader, GGUFValueType
 from safetensors.numpy import load_file, save_file
 
+from deltanet_ref import ops
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
 from deltanet_ref.lora.adapter import load_adapter, new_adapter
@@ -20,14 +22,17 @@ MODELS = ["eq", "grouped"]
 ADAPTER = {"general.architecture": "qwen35", "general.type": "adapter", "adapter.type": "lora"}
 
 
+def model_of(config, dtype="float32"):
+    """The parts of a model that an adapter needs."""
+    return SimpleNamespace(config=config, dtype=np.dtype(dtype), backend=ops)
+
+
 def fixture_model(name, dtype="float32"):
-    """The parts of a model that an adapter needs: config and dtype."""
-    config = Config.from_hf(json.loads((FIXTURES / name / "hf" / "config.json").read_text()))
-    return SimpleNamespace(config=config, dtype=np.dtype(dtype))
+    return model_of(Config.from_hf(json.loads((FIXTURES / name / "hf" / "config.json").read_text())), dtype)
 
 
 def small_model(dtype="float32", **changes):
-    return SimpleNamespace(config=small_config(**changes), dtype=np.dtype(dtype))
+    return model_of(small_config(**changes), dtype)
 
 
 def random_adapter(model, seed=0, **options):
@@ -121,10 +126,14 @@ def test_the_gguf_file_holds_what_llama_cpp_asks_for(tmp_path):
     fields = {f.name: (f.types, f.contents()) for f in file.fields.values() if not f.name.startswith("GGUF.")}
     string, u32 = GGUFValueType.STRING, GGUFValueType.UINT32
     assert fields == {
-        "general.architecture": ([string], "qwen35"), "general.type": ([string], "adapter"),
-        "adapter.type": ([string], "lora"), "adapter.lora.alpha": ([GGUFValueType.FLOAT32], 3.0),
-        "adapter.lora.task_name": ([string], "scots"), "adapter.lora.prompt_prefix": ([string], "Say: "),
-        "adapter.alora.invocation_tokens": ([GGUFValueType.ARRAY, u32], [5, 9])}
+        "general.architecture": ([string], "qwen35"),
+        "general.type": ([string], "adapter"),
+        "adapter.type": ([string], "lora"),
+        "adapter.lora.alpha": ([GGUFValueType.FLOAT32], 3.0),
+        "adapter.lora.task_name": ([string], "scots"),
+        "adapter.lora.prompt_prefix": ([string], "Say: "),
+        "adapter.alora.invocation_tokens": ([GGUFValueType.ARRAY, u32], [5, 9]),
+    }
     assert {t.tensor_type.name for t in file.tensors} == {"F32"}
     assert sorted(t.name for t in file.tensors) == sorted(adapter.tensors)
     by_name = {t.name: t for t in file.tensors}
@@ -145,9 +154,9 @@ def test_unequal_peft_scales_are_folded_into_b(tmp_path):
         peft = edit_peft(tmp_path / "plain", tmp_path / name, alpha_pattern=pattern, use_rslora=rslora)
         loaded = load_adapter(peft, model)
         assert len(loaded.notes) == 1 and "3 of 10 tensors" in loaded.notes[0]
-        plain = load_adapter(tmp_path / "plain", model)      # float32 on the disk
+        plain = load_adapter(tmp_path / "plain", model)  # float32 on the disk
         for target in plain.targets:
-            want = alphas.get(target, 6.0) / 3 ** power * plain.tensors[f"{target}.lora_b"]
+            want = alphas.get(target, 6.0) / 3**power * plain.tensors[f"{target}.lora_b"]
             np.testing.assert_allclose(loaded.scale(target) * loaded.tensors[f"{target}.lora_b"], want, rtol=1e-15 * 8)
 
 
@@ -156,7 +165,7 @@ def test_rslora_alone_needs_no_folding(tmp_path):
     adapter = random_adapter(model, rank=3, alpha=6)
     adapter.save_peft(tmp_path / "plain")
     loaded = load_adapter(edit_peft(tmp_path / "plain", tmp_path / "rslora", use_rslora=True), model)
-    assert loaded.notes == [] and loaded.alpha == 6 * 3 ** 0.5
+    assert loaded.notes == [] and loaded.alpha == 6 * 3**0.5
     for name, x in adapter.tensors.items():
         np.testing.assert_array_equal(loaded.tensors[name], x)
 
@@ -172,8 +181,10 @@ def test_alpha_zero_means_no_scaling_as_in_llama_cpp(tmp_path):
 
 def test_multimodal_module_paths_are_the_same_adapter(tmp_path):
     source = FIXTURES / "grouped" / "lora"
-    weights = {key.replace(".model.layers.", ".model.language_model.layers."): x
-               for key, x in load_file(source / "adapter_model.safetensors").items()}
+    weights = {
+        key.replace(".model.layers.", ".model.language_model.layers."): x
+        for key, x in load_file(source / "adapter_model.safetensors").items()
+    }
     assert all("language_model" in key for key in weights)
     model = fixture_model("grouped")
     same(load_adapter(source, model), load_adapter(edit_peft(source, tmp_path / "mm", weights), model))
@@ -193,7 +204,7 @@ def test_a_new_adapter_covers_all_linear_layers_and_changes_nothing_yet():
         bound = spec.shape[1] ** -0.5
         assert a.dtype == b.dtype == np.float32 and 0.9 * bound < np.abs(a).max() <= bound * (1 + 1e-6)
         # standard deviation of a uniform distribution; 16 * 20 samples at least: 3 % standard error
-        assert abs(a.std() / (bound / 3 ** 0.5) - 1) < 0.15
+        assert abs(a.std() / (bound / 3**0.5) - 1) < 0.15
 
 
 def test_the_seed_decides_a_new_adapter():
@@ -203,26 +214,38 @@ def test_the_seed_decides_a_new_adapter():
     assert not np.array_equal(one, other)
     wide = new_adapter(small_model("float64"), seed=5).tensors["blk.0.ssm_out.weight.lora_a"]
     assert wide.dtype == np.float64
-    np.testing.assert_allclose(one, wide, rtol=2e-7)      # two roundings to float32
+    np.testing.assert_allclose(one, wide, rtol=2e-7)  # two roundings to float32
 
 
-@pytest.mark.parametrize("names, expected", [
-    (["attn_qkv"], ["blk.0.attn_qkv.weight", "blk.3.attn_qkv.weight", "blk.4.attn_qkv.weight"]),
-    (["in_proj_qkv"], ["blk.0.attn_qkv.weight", "blk.3.attn_qkv.weight", "blk.4.attn_qkv.weight"]),
-    ("self_attn.o_proj,attn_output", ["blk.1.attn_output.weight", "blk.2.attn_output.weight"]),
-    (["model.layers.4.linear_attn.out_proj", "blk.1.attn_v.weight", "blk.0.ffn_up"],
-     ["blk.0.ffn_up.weight", "blk.1.attn_v.weight", "blk.4.ssm_out.weight"]),
-])
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["attn_qkv"], ["blk.0.attn_qkv.weight", "blk.3.attn_qkv.weight", "blk.4.attn_qkv.weight"]),
+        (["in_proj_qkv"], ["blk.0.attn_qkv.weight", "blk.3.attn_qkv.weight", "blk.4.attn_qkv.weight"]),
+        ("self_attn.o_proj,attn_output", ["blk.1.attn_output.weight", "blk.2.attn_output.weight"]),
+        (
+            ["model.layers.4.linear_attn.out_proj", "blk.1.attn_v.weight", "blk.0.ffn_up"],
+            ["blk.0.ffn_up.weight", "blk.1.attn_v.weight", "blk.4.ssm_out.weight"],
+        ),
+    ],
+)
 def test_targets_go_by_gguf_and_by_hf_names(names, expected):
     assert new_adapter(small_model(), rank=2, targets=names).targets == expected
 
 
-@pytest.mark.parametrize("options, match", [
-    ({"targets": ["q_proj", "c_attn", "ssm_conv1d"]},
-     r"unknown LoRA targets \['c_attn', 'ssm_conv1d'\]: .*attn_qkv.*in_proj"),
-    ({"targets": []}, "empty"), ({"rank": 0}, "rank is 0"), ({"rank": 2.5}, "rank is 2.5"),
-    ({"alpha": 0}, "alpha is 0"),
-])
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (
+            {"targets": ["q_proj", "c_attn", "ssm_conv1d"]},
+            r"unknown LoRA targets \['c_attn', 'ssm_conv1d'\]: .*attn_qkv.*in_proj",
+        ),
+        ({"targets": []}, "empty"),
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": 2.5}, "rank is 2.5"),
+        ({"alpha": 0}, "alpha is 0"),
+    ],
+)
 def test_bad_options_of_a_new_adapter_are_refused(options, match):
     with pytest.raises(InputError, match=match):
         new_adapter(small_model(), **options)
@@ -238,16 +261,26 @@ def test_every_problem_of_a_gguf_adapter_is_listed(tmp_path):
     write_gguf(tmp_path / "a.gguf", ADAPTER | {"adapter.lora.alpha": 4.0}, tensors)
     with pytest.raises(InputError) as error:
         load_adapter(tmp_path / "a.gguf", model)
-    for part in ("1 missing: blk.0.attn_qkv.weight.lora_b", "token_embd.weight.lora_a", "blk.9.ffn_up.weight.lora_b",
-                 "blk.1.ffn_up.weight (28, 20) with lora_a (20, 3)", "1 not finite: blk.2.ffn_up.weight.lora_a"):
+    for part in (
+        "1 missing: blk.0.attn_qkv.weight.lora_b",
+        "token_embd.weight.lora_a",
+        "blk.9.ffn_up.weight.lora_b",
+        "blk.1.ffn_up.weight (28, 20) with lora_a (20, 3)",
+        "1 not finite: blk.2.ffn_up.weight.lora_a",
+    ):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("metadata, match", [
-    ({"general.type": "model"}, "general.type is 'model'"), ({"general.architecture": "llama"}, "'llama'"),
-    ({"adapter.type": "control_vector"}, "'control_vector'"), ({"adapter.lora.alpha": float("inf")}, "alpha is inf"),
-])
+@pytest.mark.parametrize(
+    "metadata, match",
+    [
+        ({"general.type": "model"}, "general.type is 'model'"),
+        ({"general.architecture": "llama"}, "'llama'"),
+        ({"adapter.type": "control_vector"}, "'control_vector'"),
+        ({"adapter.lora.alpha": float("inf")}, "alpha is inf"),
+    ],
+)
 def test_gguf_files_that_are_no_adapter_of_this_model_are_refused(metadata, match, tmp_path):
     adapter = random_adapter(small_model(), rank=2)
     write_gguf(tmp_path / "a.gguf", ADAPTER | {"adapter.lora.alpha": 4.0} | metadata, adapter.tensors)
@@ -255,9 +288,15 @@ def test_gguf_files_that_are_no_adapter_of_this_model_are_refused(metadata, matc
         load_adapter(tmp_path / "a.gguf", small_model())
 
 
-@pytest.mark.parametrize("metadata", [
-    {"general.type": "m" * 10 ** 6}, {"adapter.lora.alpha": "4" * 10 ** 6},
-    {"adapter.lora.task_name": ["t" * 10 ** 6]}, {"adapter.alora.invocation_tokens": ["t" * 10 ** 6]}])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"general.type": "m" * 10**6},
+        {"adapter.lora.alpha": "4" * 10**6},
+        {"adapter.lora.task_name": ["t" * 10**6]},
+        {"adapter.alora.invocation_tokens": ["t" * 10**6]},
+    ],
+)
 def test_a_long_value_of_a_file_is_not_repeated_in_full(metadata, tmp_path):
     adapter = random_adapter(small_model(), rank=2)
     write_gguf(tmp_path / "a.gguf", ADAPTER | {"adapter.lora.alpha": 4.0} | metadata, adapter.tensors)
@@ -277,12 +316,17 @@ def test_an_adapter_that_would_do_nothing_is_refused_with_the_likely_cause(tmp_p
         load_adapter(tmp_path / "empty.gguf", fixture_model("eq"))
 
 
-@pytest.mark.parametrize("changes, parts", [
-    ({"use_dora": True, "modules_to_save": ["lm_head"], "bias": "all"}, ["use_dora", "modules_to_save", "bias ="]),
-    ({"init_lora_weights": "pissa_niter_4"}, ["pissa"]),
-    ({"peft_type": "IA3"}, ["peft_type"]), ({"lora_alpha": 0}, ["alpha 0"]), ({"r": 6}, ["is (4, 64)", "r = 6"]),
-    ({"rank_pattern": {"(": 3}}, ["cannot be read"]),
-])
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"use_dora": True, "modules_to_save": ["lm_head"], "bias": "all"}, ["use_dora", "modules_to_save", "bias ="]),
+        ({"init_lora_weights": "pissa_niter_4"}, ["pissa"]),
+        ({"peft_type": "IA3"}, ["peft_type"]),
+        ({"lora_alpha": 0}, ["alpha 0"]),
+        ({"r": 6}, ["is (4, 64)", "r = 6"]),
+        ({"rank_pattern": {"(": 3}}, ["cannot be read"]),
+    ],
+)
 def test_what_gguf_cannot_express_is_refused(changes, parts, tmp_path):
     with pytest.raises(InputError) as error:
         load_adapter(edit_peft(FIXTURES / "eq" / "lora", tmp_path / "peft", **changes), fixture_model("eq"))
@@ -293,8 +337,11 @@ def test_what_gguf_cannot_express_is_refused(changes, parts, tmp_path):
 def test_embedding_and_convolution_factors_are_listed_as_unusable(tmp_path):
     source = FIXTURES / "eq" / "lora"
     weights = load_file(source / "adapter_model.safetensors")
-    extra = ["base_model.model.model.embed_tokens.lora_embedding_A", "base_model.model.lm_head.lora_A.weight",
-             "base_model.model.model.layers.0.linear_attn.conv1d.lora_B.weight"]
+    extra = [
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "base_model.model.lm_head.lora_A.weight",
+        "base_model.model.model.layers.0.linear_attn.conv1d.lora_B.weight",
+    ]
     weights |= {key: np.ones((2, 2), np.float32) for key in extra}
     with pytest.raises(InputError, match="3 other than LoRA factors of this model's linear layers") as error:
         load_adapter(edit_peft(source, tmp_path / "peft", weights), fixture_model("eq"))

@@ -1,4 +1,5 @@
 """Adapters switched between requests, and the effect of their metadata on generate."""
+
 import numpy as np
 import pytest
 from gguf import GGUFReader
@@ -103,7 +104,7 @@ def test_an_activated_lora_acts_from_the_last_invocation_on(model):
     for _ in range(8):
         expected.append(int(np.argmax(logits)))
         logits, state = model.step(expected[-1], state)
-    assert greedy(model, prompt) == expected[:len(greedy(model, prompt))] and list(model.adapters) == ["x"]
+    assert greedy(model, prompt) == expected[: len(greedy(model, prompt))] and list(model.adapters) == ["x"]
     model.adapters.clear()
     plain = greedy(model, prompt)
     model.attach(adapter(model))
@@ -116,7 +117,7 @@ def test_an_activated_lora_that_is_not_invoked_does_nothing(model):
     assert invocation(model, PROMPT) == ("x", len(PROMPT))
     assert greedy(model) == plain and list(model.adapters) == ["x"]
     model.detach("x")
-    model.attach(adapter(model, invocation_tokens=PROMPT[:2]))       # at the very beginning: as a plain LoRA
+    model.attach(adapter(model, invocation_tokens=PROMPT[:2]))  # at the very beginning: as a plain LoRA
     activated = greedy(model)
     model.adapters.clear()
     model.attach(adapter(model))
@@ -140,19 +141,50 @@ def test_train_writes_the_metadata_that_it_is_given_and_no_other(tmp_path, capsy
     assert fields[0].pop("adapter.lora.prompt_prefix") == "Say: "
     assert fields[0].keys() == fields[1].keys()
     capsys.readouterr()
-    assert main(["generate", str(BASE), "--adapter", str(tmp_path / "a.gguf"), "-p", "a ship", "--max-tokens", "3",
-                 "--temperature", "0"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                str(BASE),
+                "--adapter",
+                str(tmp_path / "a.gguf"),
+                "-p",
+                "a ship",
+                "--max-tokens",
+                "3",
+                "--temperature",
+                "0",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
-    assert main(["generate", str(BASE), "--adapter", str(tmp_path / "b.gguf"), "-p", "Say: a ship", "--max-tokens", "3",
-                 "--temperature", "0"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                str(BASE),
+                "--adapter",
+                str(tmp_path / "b.gguf"),
+                "-p",
+                "Say: a ship",
+                "--max-tokens",
+                "3",
+                "--temperature",
+                "0",
+            ]
+        )
+        == 0
+    )
     assert out == capsys.readouterr().out
 
 
 @pytest.mark.parametrize("output", ["a.gguf", "peft"])
 def test_a_text_that_is_not_unicode_is_refused_and_leaves_nothing(output, tmp_path, capsys):
     """The lone surrogate by which Python represents a byte of the command line that is not UTF-8."""
-    assert main(["convert", str(LORA), "-o", str(tmp_path / output), "--base", str(BASE), "--task-name",
-                 "a \udcff"]) == 2
+    assert (
+        main(["convert", str(LORA), "-o", str(tmp_path / output), "--base", str(BASE), "--task-name", "a \udcff"]) == 2
+    )
     assert "lone surrogate at character" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 

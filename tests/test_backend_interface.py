@@ -1,5 +1,6 @@
 """Every backend keeps the contract of backends/interface.py, and a model runs on a backend that has no more than
 that."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,17 +35,20 @@ def broken(**changes):
     return SimpleNamespace(**{name: x for name, x in names.items() if x is not ...})
 
 
-@pytest.mark.parametrize("changes, named", [
-    (dict(swiglu_forward=...), "swiglu_forward is missing"),
-    (dict(stored=...), "stored is missing"),
-    (dict(to_host=lambda array: array), "to_host(array) must be to_host(x"),
-    (dict(rope_forward=lambda x, sin, cos: x), "rope_forward(x, sin, cos) must be rope_forward(x, cos, sin)"),
-    (dict(l2_norm_forward=lambda x, eps=1e-5: x), "eps=1e-05"),
-    (dict(gated_delta_rule_step=3), "gated_delta_rule_step is 3: it must be a function"),
-    (dict(device=0), "device is 0: it must be a str or None"),
-    (dict(delta_layer_step=lambda qkv: qkv), "delta_layer_step(qkv) must be delta_layer_step(qkv, z, b, a"),
-    (dict(stored=SimpleNamespace(few_rows=4, decodes=lambda type, shape: True)), "stored.dequantize is missing"),
-])
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(swiglu_forward=...), "swiglu_forward is missing"),
+        (dict(stored=...), "stored is missing"),
+        (dict(to_host=lambda array: array), "to_host(array) must be to_host(x"),
+        (dict(rope_forward=lambda x, sin, cos: x), "rope_forward(x, sin, cos) must be rope_forward(x, cos, sin)"),
+        (dict(l2_norm_forward=lambda x, eps=1e-5: x), "eps=1e-05"),
+        (dict(gated_delta_rule_step=3), "gated_delta_rule_step is 3: it must be a function"),
+        (dict(device=0), "device is 0: it must be a str or None"),
+        (dict(delta_layer_step=lambda qkv: qkv), "delta_layer_step(qkv) must be delta_layer_step(qkv, z, b, a"),
+        (dict(stored=SimpleNamespace(few_rows=4, decodes=lambda type, shape: True)), "stored.dequantize is missing"),
+    ],
+)
 def test_what_departs_from_the_contract_is_named(changes, named):
     found = interface.violations(broken(**changes))
     assert any(named in line for line in found), found
@@ -76,7 +80,8 @@ def test_forward_and_backward_need_only_the_contract(name, keep):
         model.attach(adapter, name="a")
     for wrt in ("all", "lora"):
         (loss, grads), (want_loss, want) = (
-            model.loss_and_grads(IDS, IDS, cu_seqlens=CU_SEQLENS, wrt=wrt, keep=keep) for model in (device, host))
+            model.loss_and_grads(IDS, IDS, cu_seqlens=CU_SEQLENS, wrt=wrt, keep=keep) for model in (device, host)
+        )
         assert loss == want_loss and set(grads) == set(want)
         for n in want:
             assert isinstance(grads[n], DeviceArray), n
@@ -99,8 +104,9 @@ def test_training_and_saving_need_only_the_contract(name, tmp_path):
 def test_decoding_needs_only_the_contract(name):
     """Prefill in two pieces and steps, the KV buffer included; and sampling."""
     host, device = models(name)
-    sampled = [list(dr.generate(model, IDS[0, :9].tolist(), max_tokens=5, seed=2, return_ids=True))
-               for model in (host, device)]
+    sampled = [
+        list(dr.generate(model, IDS[0, :9].tolist(), max_tokens=5, seed=2, return_ids=True)) for model in (host, device)
+    ]
     assert sampled[0] == sampled[1]
     states = [None, None]
     for piece in (IDS[0, :20], IDS[0, 20:30], *IDS[0, 30:].tolist()):

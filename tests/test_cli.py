@@ -26,7 +26,7 @@ QUANTISED = str(FIXTURES / "quant" / "quant-Q4_K_M.gguf")
 ADAPTER = str(FIXTURES / "eq" / "lora.gguf")
 HF = FIXTURES / "eq" / "hf"
 PACKAGE = Path(dr.__file__).parent
-HANGS = 600         # seconds after which a process will never end: no machine is that slow
+HANGS = 600  # seconds after which a process will never end: no machine is that slow
 WORDS = ["alpha", "beta", "gamma", "delta", "rule", "gate"]
 ROWS = [{"text": " ".join(np.random.default_rng(i).choice(WORDS, 9))} for i in range(13)]
 
@@ -46,16 +46,42 @@ def run(capsys, *words):
 
 
 def process(*words, **options):
-    return subprocess.Popen([sys.executable, "-m", "deltanet_ref", *map(str, words)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", "deltanet_ref", *map(str, words)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
 # ---- the main job
 
+
 def test_train_writes_an_adapter_that_lowers_the_loss_of_a_quantised_model(capsys, tmp_path, data):
     output = tmp_path / "a.gguf"
-    status, out, err = run(capsys, "train", QUANTISED, data, "-o", output, "--rank", 4, "--alpha", 8, "--steps", 12,
-                           "--lr", 0.01, "--batch-size", 5, "--val-fraction", 0.1, "--plot", tmp_path / "loss.png")
+    status, out, err = run(
+        capsys,
+        "train",
+        QUANTISED,
+        data,
+        "-o",
+        output,
+        "--rank",
+        4,
+        "--alpha",
+        8,
+        "--steps",
+        12,
+        "--lr",
+        0.01,
+        "--batch-size",
+        5,
+        "--val-fraction",
+        0.1,
+        "--plot",
+        tmp_path / "loss.png",
+    )
     assert (status, err) == (0, "")
     for line in ("Trainable parameters: ", "Iter 1: Val loss ", "Iter 10: Train loss ", "Iter 12: Val loss ", "Saved "):
         assert line in out
@@ -111,13 +137,33 @@ def test_generate_streams_what_the_library_generates(capsys, tmp_path):
 def test_chat_asks_through_the_template(capsys, tmp_path):
     file = read_gguf(MODEL)
     thinking = (FIXTURES / "chat" / "Qwen3.5-4B.jinja").read_text()
-    write_gguf(tmp_path / "thinks.gguf", file.metadata | {"tokenizer.chat_template": thinking},
-               {name: (tensor.raw, tensor.type, tensor.shape) for name, tensor in file.tensors.items()})
+    write_gguf(
+        tmp_path / "thinks.gguf",
+        file.metadata | {"tokenizer.chat_template": thinking},
+        {name: (tensor.raw, tensor.type, tensor.shape) for name, tensor in file.tensors.items()},
+    )
     model, asked = dr.load_model(MODEL), "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n"
     for flags, prompt in (["--chat"], asked), (["--chat", "--no-thinking"], asked + "\n</think>\n\n"), ([], "Who?"):
         expected = "".join(dr.generate(model, prompt, max_tokens=8, temperature=9.0, top_k=0, seed=2))
-        assert run(capsys, "generate", tmp_path / "thinks.gguf", "-p", "Who?", "--max-tokens", 8, "--temperature", 9.0,
-                   "--top-k", 0, "--seed", 2, *flags)[1] == expected + "\n"
+        assert (
+            run(
+                capsys,
+                "generate",
+                tmp_path / "thinks.gguf",
+                "-p",
+                "Who?",
+                "--max-tokens",
+                8,
+                "--temperature",
+                9.0,
+                "--top-k",
+                0,
+                "--seed",
+                2,
+                *flags,
+            )[1]
+            == expected + "\n"
+        )
 
 
 def test_adapters_stack_with_their_scales(capsys):
@@ -125,8 +171,21 @@ def test_adapters_stack_with_their_scales(capsys):
     for name, scale in (("a", 0.5), ("b", 1.0)):
         model.attach(dr.load_adapter(ADAPTER, model), scale=scale, name=name)
     expected = "".join(dr.generate(model, "alpha", max_tokens=10, temperature=0))
-    out = run(capsys, "generate", MODEL, "-p", "alpha", "--max-tokens", 10, "--temperature", 0,
-              "--adapter", f"{ADAPTER}=0.5", "--adapter", ADAPTER)[1]
+    out = run(
+        capsys,
+        "generate",
+        MODEL,
+        "-p",
+        "alpha",
+        "--max-tokens",
+        10,
+        "--temperature",
+        0,
+        "--adapter",
+        f"{ADAPTER}=0.5",
+        "--adapter",
+        ADAPTER,
+    )[1]
     assert out == expected + "\n"
 
 
@@ -158,6 +217,7 @@ def test_info_of_an_adapter_in_either_form_and_of_a_directory(capsys):
 
 # ---- usage
 
+
 @pytest.mark.parametrize("command", ["info", "generate", "train", "eval"])
 def test_help_has_a_worked_example(capsys, command):
     with pytest.raises(SystemExit) as exit:
@@ -175,6 +235,7 @@ def test_module_is_the_command_and_names_every_command():
 
 
 # ---- what a user is told
+
 
 def library_modules():
     """The syntax trees of all modules outside the command line."""
@@ -197,14 +258,20 @@ def test_errors_of_training_name_no_flags():
         assert not [text for text in texts if isinstance(text, str) and re.search(r"(^|\s)--[a-z]", text)], path
 
 
-@pytest.mark.parametrize("options, python, command", [
-    ({"steps": 0}, "`steps` is 0", "--steps is 0"),
-    ({"seq_len": 1}, "`seq_len` is 1, it must be from 2", "--seq-len is 1, it must be from 2"),
-    ({"seq_len": 5}, "more than `seq_len` 5: raise it, or cut with `truncate=True`",
-     "more than --seq-len 5: raise it, or cut with --truncate"),
-    ({"val_fraction": 0.99}, "`val_fraction` 0.99 holds out", "--val-fraction 0.99 holds out"),
-    ({"steps": 1, "epochs": 2}, "`steps` and `epochs` both", "--steps and --epochs both"),
-])
+@pytest.mark.parametrize(
+    "options, python, command",
+    [
+        ({"steps": 0}, "`steps` is 0", "--steps is 0"),
+        ({"seq_len": 1}, "`seq_len` is 1, it must be from 2", "--seq-len is 1, it must be from 2"),
+        (
+            {"seq_len": 5},
+            "more than `seq_len` 5: raise it, or cut with `truncate=True`",
+            "more than --seq-len 5: raise it, or cut with --truncate",
+        ),
+        ({"val_fraction": 0.99}, "`val_fraction` 0.99 holds out", "--val-fraction 0.99 holds out"),
+        ({"steps": 1, "epochs": 2}, "`steps` and `epochs` both", "--steps and --epochs both"),
+    ],
+)
 def test_options_have_the_names_that_the_reader_uses(capsys, tmp_path, data, options, python, command):
     model = dr.load_model(MODEL)
     with pytest.raises(dr.InputError) as error:
@@ -230,11 +297,20 @@ def test_counts_agree_with_their_nouns(capsys, tmp_path):
 LONG = "x" * 100_000
 
 
-@pytest.mark.parametrize("command", [f"info {LONG}", f"generate {MODEL} -p x --backend {LONG}", f"fly{LONG}",
-                                     f"generate {MODEL} -p x --top-p {LONG}",
-                                     f"trace {MODEL} --tokens {LONG} -o t.safetensors",
-                                     f"convert {MODEL} -o a.gguf --type {LONG}", f"generate {MODEL} -p x --{LONG}",
-                                     f"generate {MODEL} -p x --adapter {ADAPTER}={LONG}"], ids=lambda text: text[:40])
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"info {LONG}",
+        f"generate {MODEL} -p x --backend {LONG}",
+        f"fly{LONG}",
+        f"generate {MODEL} -p x --top-p {LONG}",
+        f"trace {MODEL} --tokens {LONG} -o t.safetensors",
+        f"convert {MODEL} -o a.gguf --type {LONG}",
+        f"generate {MODEL} -p x --{LONG}",
+        f"generate {MODEL} -p x --adapter {ADAPTER}={LONG}",
+    ],
+    ids=lambda text: text[:40],
+)
 def test_a_long_argument_is_not_echoed_whole(capsys, command):
     status, _, err = run(capsys, *command.split())
     assert status == 2 and err.count("\n") == 1 and "xxx" in err and len(err) < LONGEST + 100
@@ -246,9 +322,16 @@ def test_a_long_value_of_a_file_is_not_echoed_whole(capsys, tmp_path):
     assert status == 2 and "use one of human, user" in err and err.count("x") < LONGEST_VALUE + 20
 
 
-@pytest.mark.parametrize("command", ["info {name}", "generate {name} -p x", "convert {name} -o out.gguf",
-                                     "merge {name} --adapter {adapter} -o out.gguf",
-                                     "generate {model} -p x --adapter {name}"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "info {name}",
+        "generate {name} -p x",
+        "convert {name} -o out.gguf",
+        "merge {name} --adapter {adapter} -o out.gguf",
+        "generate {model} -p x --adapter {name}",
+    ],
+)
 def test_a_name_on_the_hub_says_where_to_get_the_model(capsys, command):
     name = "Qwen/Qwen3.5-0.8B"
     status, _, err = run(capsys, *command.format(name=name, model=MODEL, adapter=ADAPTER).split())
@@ -257,11 +340,15 @@ def test_a_name_on_the_hub_says_where_to_get_the_model(capsys, command):
         assert "hub" not in run(capsys, "info", other)[2]
 
 
-@pytest.mark.parametrize("command, remedies", [
-    (["train", MODEL, "{data}", "-o", "{d}/a.gguf"], "use --checkpoint, or a smaller --batch-size or --seq-len"),
-    (["train", MODEL, "{data}", "-o", "{d}/a.gguf", "--checkpoint"], "use a smaller --batch-size or --seq-len"),
-    (["eval", MODEL, "{data}"], "use a smaller --batch-size or --seq-len"),
-    (["trace", MODEL, "-p", "x", "-o", "{d}/a.safetensors"], "use a smaller model or file")])
+@pytest.mark.parametrize(
+    "command, remedies",
+    [
+        (["train", MODEL, "{data}", "-o", "{d}/a.gguf"], "use --checkpoint, or a smaller --batch-size or --seq-len"),
+        (["train", MODEL, "{data}", "-o", "{d}/a.gguf", "--checkpoint"], "use a smaller --batch-size or --seq-len"),
+        (["eval", MODEL, "{data}"], "use a smaller --batch-size or --seq-len"),
+        (["trace", MODEL, "-p", "x", "-o", "{d}/a.safetensors"], "use a smaller model or file"),
+    ],
+)
 def test_without_memory_checkpointing_is_the_first_remedy(capsys, tmp_path, data, monkeypatch, command, remedies):
     def no_memory(args):
         raise MemoryError("Unable to allocate 7 GiB")
@@ -285,6 +372,7 @@ def test_types_are_taken_as_info_prints_them(capsys, tmp_path):
 
 # ---- the context, and long prompts
 
+
 @pytest.fixture(scope="module")
 def long_prompt(tmp_path_factory):
     """A file whose text has 1,020 tokens; the model's context is 1,024."""
@@ -296,8 +384,21 @@ def long_prompt(tmp_path_factory):
 
 
 def test_generate_stops_at_the_end_of_the_context_and_says_so(capsys, long_prompt):
-    status, _, err = run(capsys, "generate", MODEL, "--prompt-file", long_prompt, "--max-tokens", 50,
-                         "--temperature", 9, "--top-k", 0, "--top-p", 1)
+    status, _, err = run(
+        capsys,
+        "generate",
+        MODEL,
+        "--prompt-file",
+        long_prompt,
+        "--max-tokens",
+        50,
+        "--temperature",
+        9,
+        "--top-k",
+        0,
+        "--top-p",
+        1,
+    )
     assert status == 0 and err.startswith("4 tokens in ") and "to read 1,020 prompt tokens\n" in err
     assert "note: the model's context of 1,024 tokens is full" in err
     assert "context" not in run(capsys, "generate", MODEL, "-p", "alpha", "--max-tokens", 2)[2]
@@ -315,11 +416,15 @@ def test_a_prompt_that_fills_the_context_is_refused(capsys, long_prompt, tmp_pat
 def on_a_terminal(*words):
     """Exit status, stdout, and what stderr, a terminal, was sent."""
     ours, theirs = os.openpty()
-    running = subprocess.Popen([sys.executable, "-m", "deltanet_ref", *map(str, words)], stdout=subprocess.PIPE,
-                               stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    running = subprocess.Popen(
+        [sys.executable, "-m", "deltanet_ref", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm"},
+    )
     os.close(theirs)
     shown = b""
-    with suppress(OSError):             # how Linux ends a terminal whose other side is closed
+    with suppress(OSError):  # how Linux ends a terminal whose other side is closed
         while piece := os.read(ours, 4096):
             shown += piece
     os.close(ours)
@@ -338,6 +443,7 @@ def test_a_long_prompt_and_a_long_evaluation_show_their_progress_on_a_terminal(l
 
 # ---- existing files
 
+
 @pytest.fixture
 def existing(tmp_path, capsys):
     """A file of each kind, by name."""
@@ -352,11 +458,14 @@ def existing(tmp_path, capsys):
 
 
 WRITES = {
-    "train": "train {model} {data} --rank 2 --steps 1 -o {d}/", "convert a base": "convert {model} -o {d}/",
+    "train": "train {model} {data} --rank 2 --steps 1 -o {d}/",
+    "convert a base": "convert {model} -o {d}/",
     "convert an adapter": "convert {adapter} --base {model} -o {d}/",
     "merge": "merge {model} --adapter {adapter} -o {d}/",
-    "pretrain": "pretrain {d}/corpus.txt --tokenizer {tokenizer} --steps 1 -o {d}/", "demo": "demo -o {d}/",
-    "trace": "trace {model} --tokens 5,6,7 -o {d}/"}
+    "pretrain": "pretrain {d}/corpus.txt --tokenizer {tokenizer} --steps 1 -o {d}/",
+    "demo": "demo -o {d}/",
+    "trace": "trace {model} --tokens 5,6,7 -o {d}/",
+}
 REFUSED = [(command, name) for command in WRITES if command != "trace" for name in ("model.gguf", "notes.gguf")]
 REFUSED += [(command, "adapter.gguf") for command in ("convert a base", "merge", "pretrain")]
 REFUSED += [("trace", "weights.safetensors")]
@@ -375,26 +484,40 @@ def test_an_existing_file_is_not_overwritten(capsys, existing, data, command, na
     assert (existing / name).read_bytes() == before
 
 
-@pytest.mark.parametrize("command, name, more", [
-    ("train", "adapter.gguf", []), ("convert an adapter", "adapter.gguf", []), ("trace", "trace.safetensors", []),
-    ("merge", "empty.gguf", []), ("convert a base", "model.gguf", ["--force"]), ("train", "notes.gguf", ["--force"]),
-    ("trace", "weights.safetensors", ["--force"])])
+@pytest.mark.parametrize(
+    "command, name, more",
+    [
+        ("train", "adapter.gguf", []),
+        ("convert an adapter", "adapter.gguf", []),
+        ("trace", "trace.safetensors", []),
+        ("merge", "empty.gguf", []),
+        ("convert a base", "model.gguf", ["--force"]),
+        ("train", "notes.gguf", ["--force"]),
+        ("trace", "weights.safetensors", ["--force"]),
+    ],
+)
 def test_the_same_kind_of_small_result_and_what_is_forced_are_replaced(capsys, existing, data, command, name, more):
     before = (existing / name).stat().st_ino
     status, _, err = write_over(capsys, existing, data, command, name, *more)
     assert status == 0, err
-    assert (existing / name).stat().st_ino != before        # another file took the name
+    assert (existing / name).stat().st_ino != before  # another file took the name
 
 
-@pytest.mark.parametrize("command", ["convert {d}/model.gguf -o {d}/model.gguf --force",
-                                     "train {d}/model.gguf {data} -o {d}/model.gguf --force",
-                                     "merge {d}/model.gguf --adapter {d}/adapter.gguf -o {d}/adapter.gguf --force"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert {d}/model.gguf -o {d}/model.gguf --force",
+        "train {d}/model.gguf {data} -o {d}/model.gguf --force",
+        "merge {d}/model.gguf --adapter {d}/adapter.gguf -o {d}/adapter.gguf --force",
+    ],
+)
 def test_not_even_force_overwrites_an_input(capsys, existing, data, command):
     status, _, err = run(capsys, *command.format(d=existing, data=data).split())
     assert status == 2 and "is an input too" in err
 
 
 # ---- bad input: status 2, one line on stderr, nothing written
+
 
 def bad_file(tmp_path, data):
     """Files with something wrong in them, by name."""
@@ -498,6 +621,7 @@ def test_diverging_training_is_status_1_and_keeps_the_old_adapter(capsys, tmp_pa
 
 # ---- runs that are cut off
 
+
 def long_run(data, output):
     """A training that saves after each step and would take minutes; returns when it has begun."""
     training = process("train", MODEL, data, "-o", output, "--steps", 99_999, "--save-every", 1, "--rank", 2)
@@ -522,8 +646,18 @@ def test_disk_that_fills_up_while_saving_keeps_the_old_adapter(tmp_path, data):
     output = tmp_path / "a.gguf"
     output.write_bytes(open(ADAPTER, "rb").read())
     limit = 20_000  # bytes that a file may have, less than the adapter
-    training = process("train", MODEL, data, "-o", output, "--steps", 1, "--rank", 4,
-                       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    training = process(
+        "train",
+        MODEL,
+        data,
+        "-o",
+        output,
+        "--steps",
+        1,
+        "--rank",
+        4,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
     _, err = training.communicate(timeout=HANGS)
     assert training.returncode == 2 and err.count("\n") == 1 and "a.gguf" in err
     assert output.read_bytes() == open(ADAPTER, "rb").read()

@@ -1,4 +1,5 @@
 """Token by token: the delta layer's fused kernel, sampling, the end of a continuation, the buffer of a KV cache."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -25,21 +26,34 @@ def composed(qkv, z, b, a, conv_state, S, *, conv, decay, dt_bias, norm, eps, he
     q, k, v = (x.reshape(N, 1, -1, d) for x, d in zip(np.split(y, [keys, 2 * keys], -1), (d_k, d_k, d_v)))
     q, k = ops.l2_norm_forward(q)[0], ops.l2_norm_forward(k)[0]
     g, beta, _ = ops.decay_gate_forward(a[:, None], b[:, None], np.log(-decay), dt_bias)
-    o, new_S = ops.gated_delta_rule_step(q[:, 0], k[:, 0], v[:, 0], g=g[:, 0], beta=beta[:, 0], S=S,
-                                         head_order=head_order)
+    o, new_S = ops.gated_delta_rule_step(
+        q[:, 0], k[:, 0], v[:, 0], g=g[:, 0], beta=beta[:, 0], S=S, head_order=head_order
+    )
     return ops.gated_rms_norm_forward(o, z.reshape(o.shape), norm, eps)[0], new_conv_state, new_S
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2 ** 31), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 40),
-       st.integers(1, 70), st.integers(2, 5), st.sampled_from(["tiled", "grouped"]))
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 70),
+    st.integers(2, 5),
+    st.sampled_from(["tiled", "grouped"]),
+)
 def test_a_delta_layer_in_one_kernel_is_the_operators_one_after_the_other(seed, N, H_k, ratio, d_k, d_v, K, head_order):
     rng, H_v = np.random.default_rng(seed), H_k * ratio
     width = 2 * H_k * d_k + H_v * d_v
     shapes = [(N, width), (N, H_v * d_v), (N, H_v), (N, H_v), (N, K - 1, width), (N, H_v, d_k, d_v)]
     arrays = [rng.standard_normal(shape) for shape in shapes]
-    tensors = dict(conv=rng.standard_normal((width, K)), decay=-np.exp(rng.standard_normal(H_v)),
-                   dt_bias=rng.standard_normal(H_v), norm=rng.standard_normal(d_v))
+    tensors = dict(
+        conv=rng.standard_normal((width, K)),
+        decay=-np.exp(rng.standard_normal(H_v)),
+        dt_bias=rng.standard_normal(H_v),
+        norm=rng.standard_normal(d_v),
+    )
 
     def called(step, x):
         return list(step(*x[:6], **dict(zip(tensors, x[6:])), eps=1e-6, head_order=head_order))
@@ -61,7 +75,7 @@ def test_a_delta_layer_in_one_kernel_is_the_operators_one_after_the_other(seed, 
 
 def definition(logits, temperature, top_k, top_p, rng):
     """Sort all, keep k, keep those that reach p together, draw."""
-    order = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k or None]        # stable: lower ids first
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or None]  # stable: lower ids first
     p = np.exp((logits[order] - logits[order[0]]).astype(np.float64) / temperature)
     p /= p.sum()
     n = next((n for n in range(1, len(p)) if p[:n].sum() >= top_p), len(p))
@@ -69,10 +83,10 @@ def definition(logits, temperature, top_k, top_p, rng):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2 ** 31), st.integers(1, 60), st.integers(0, 70), st.sampled_from([0.1, 0.7, 0.95, 1.0]))
+@given(st.integers(0, 2**31), st.integers(1, 60), st.integers(0, 70), st.sampled_from([0.1, 0.7, 0.95, 1.0]))
 def test_sampling_is_what_sorting_everything_gives(seed, V, top_k, top_p):
     rng = np.random.default_rng(seed)
-    logits = rng.choice([rng.standard_normal(V), np.round(rng.standard_normal(V))]).astype(np.float32)      # also ties
+    logits = rng.choice([rng.standard_normal(V), np.round(rng.standard_normal(V))]).astype(np.float32)  # also ties
     found, expected = (f(logits, 0.8, top_k, top_p, np.random.default_rng(seed)) for f in (sample, definition))
     assert found == expected
     assert sample(logits, 0, top_k, top_p, rng) == np.argmax(logits)
@@ -97,7 +111,7 @@ def test_a_cache_that_grows_token_by_token_is_the_concatenation_and_is_seldom_co
         buffers.add(id(state.buffer))
         for found, expected in zip(state, np.concatenate(pieces[:i], 2), strict=True):
             assert_identical("keys and values", found, expected)
-    assert len(buffers) <= 4                       # 72, then a quarter more than what was needed and 64, each time
+    assert len(buffers) <= 4  # 72, then a quarter more than what was needed and 64, each time
 
 
 def test_a_cache_that_is_continued_twice_gives_each_continuation_its_own():
@@ -114,7 +128,7 @@ def test_a_cache_that_is_continued_twice_gives_each_continuation_its_own():
     assert states[0].buffer is start.buffer and not np.shares_memory(states[1].k, states[2].k)
 
 
-PASSES = 2 * PREFILL_TOKENS - 30        # tokens of a prompt that is read in two passes
+PASSES = 2 * PREFILL_TOKENS - 30  # tokens of a prompt that is read in two passes
 
 
 def model_of_context(context):
@@ -126,9 +140,10 @@ def model_of_context(context):
 def test_a_long_prompt_is_read_in_passes_that_are_reported_and_change_nothing():
     model, done = model_of_context(2 * PASSES), []
     prompt = np.random.default_rng(2).integers(0, 400, PASSES).tolist()
-    pieces = dr.generate(model, prompt, max_tokens=3, temperature=0, return_ids=True,
-                         on_prefill=lambda *progress: done.append(progress))
-    assert not done and pieces.finish_reason is None                # nothing is computed before it is asked for
+    pieces = dr.generate(
+        model, prompt, max_tokens=3, temperature=0, return_ids=True, on_prefill=lambda *progress: done.append(progress)
+    )
+    assert not done and pieces.finish_reason is None  # nothing is computed before it is asked for
     tokens = list(pieces)
     assert done == [(PREFILL_TOKENS, PASSES), (PASSES, PASSES)]
     logits, state = model.prefill(prompt)
@@ -172,4 +187,4 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward(backend):
     prompt = [5, 17, 3, 99, 204]
     tokens = list(dr.generate(model, prompt, max_tokens=12, temperature=0, return_ids=True))
     logits = model.logits(np.array([prompt + tokens]))[0]
-    assert tokens == logits[len(prompt) - 1:-1].argmax(1).tolist()
+    assert tokens == logits[len(prompt) - 1 : -1].argmax(1).tolist()

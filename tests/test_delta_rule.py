@@ -1,5 +1,6 @@
 """The gated delta rule: the recurrence against other people's numbers, complex step and 50 digits; the chunked form
 against the recurrence."""
+
 import json
 
 import mpmath
@@ -19,9 +20,11 @@ from tests.paths import FIXTURES
 from tests.test_ops_backward import BOTH, ONE
 from tests.tolerances import assert_close, assert_identical, assert_within, assert_within_floors, noise_floors, rounding
 
-FORMS = {"recurrent": (gdr.recurrent_forward, gdr.recurrent_backward),
-         "chunk": (gdr.chunk_forward, gdr.chunk_backward),
-         "chunk of 4": (lambda *a, **k: gdr.chunk_forward(*a, chunk_size=4, **k), gdr.chunk_backward)}
+FORMS = {
+    "recurrent": (gdr.recurrent_forward, gdr.recurrent_backward),
+    "chunk": (gdr.chunk_forward, gdr.chunk_backward),
+    "chunk of 4": (lambda *a, **k: gdr.chunk_forward(*a, chunk_size=4, **k), gdr.chunk_backward),
+}
 CHUNKS = {"recurrent": 0, "chunk": 64, "chunk of 4": 4}
 every_form = pytest.mark.parametrize("form", FORMS)
 
@@ -33,6 +36,7 @@ def run(form, q, k, v, gates, do, dS_end, **options):
 
 
 # ---- against other people's numbers
+
 
 @every_form
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -62,6 +66,7 @@ def test_equals_torch_autograd_in_float64(path, form, dtype):
 
 
 # ---- the definition, worked out by hand
+
 
 def test_one_token_decays_then_corrects_then_reads():
     q, k = np.array([[[[2.0, 1.0]]]]), np.array([[[[0.6, 0.8]]]])
@@ -110,7 +115,7 @@ def test_recurrence_equals_fifty_digits():
             S = S * mpmath.exp(mpmath.mpf(float(gates["g"][0, t, 0])))
             u = (row[2] - row[1] * S) * mpmath.mpf(float(gates["beta"][0, t, 0]))
             S = S + row[1].T * u
-            exact = row[0] * S * mpmath.mpf(float(3 ** -0.5))
+            exact = row[0] * S * mpmath.mpf(float(3**-0.5))
             expected.append([float(x) for x in exact])
     expected = [np.array(expected), np.array(S.tolist(), float).reshape(3, 2)]
     floors = rule_floors(q, k, v, gates, do, dS_end, np.float64)[:2]
@@ -118,6 +123,7 @@ def test_recurrence_equals_fifty_digits():
 
 
 # ---- every backward is the derivative of its own forward
+
 
 @every_form
 @pytest.mark.parametrize("head_order", ["grouped", "tiled"])
@@ -130,10 +136,12 @@ def test_backward_is_the_complex_step_derivative(form, head_order, cu_seqlens):
     got = run(form, q, k, v, gates, do, dS_end, **options)
     inputs, expected = dict(q=q, k=k, v=v, **gates), []
     for name in inputs:
+
         def loss(x):
             a = {**inputs, name: x}
             o, S_end, _ = FORMS[form][0](a["q"], a["k"], a["v"], g=a["g"], beta=a["beta"], S0=a["S0"], **options)
             return (o * do).sum() + (S_end * dS_end).sum()
+
         expected.append(complex_step_gradient(loss, inputs[name]))
     floors = rule_floors(q, k, v, gates, do, dS_end, np.float64, chunk_size=CHUNKS[form], **options)[2:]
     assert_within_floors(RESULTS[2:], [got[name] for name in RESULTS[2:]], expected, floors, BOTH)
@@ -163,10 +171,11 @@ def test_log_decay_gradient_keeps_its_digits_under_strong_decay(form):
     for name, scale in (("|dg| + |q.dq| + |k.dk|", np.abs(exact["dg"]) + along), ("|dg|", np.abs(exact["dg"]))):
         floor = worst_element(lambda d: d["dg"] / scale, q, k, v, gates, do, dS_end, np.float32)
         error = (np.abs(got - exact["dg"]) / scale).max()
-        assert error < (ONE + 150 ** 0.5) * floor, f"dg relative to {name}: {error:.3g}, floor {floor:.3g}"
+        assert error < (ONE + 150**0.5) * floor, f"dg relative to {name}: {error:.3g}, floor {floor:.3g}"
 
 
 # ---- the chunked form is the recurrence
+
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
@@ -178,12 +187,21 @@ def test_chunk_equals_recurrence(data):
     L = draw(st.integers(1, 3 * C if C < 20 else 150))
     cuts = sorted(draw(st.lists(st.integers(0, L), max_size=3))) if draw(st.booleans()) else None
     packed = cuts is not None
-    sizes = dict(B=1 if packed else draw(st.integers(1, 3)), L=L, H_k=H_k, H_v=H_k * ratio,
-                 d_k=draw(st.integers(1, 9)), d_v=draw(st.integers(1, 9)), N_seq=len(cuts) + 1 if packed else None)
-    q, k, v, gates, do, dS_end = delta_rule_arguments(draw(st.integers(0, 2 ** 31)), **sizes)
-    rng = np.random.default_rng(draw(st.integers(0, 2 ** 31)))
+    sizes = dict(
+        B=1 if packed else draw(st.integers(1, 3)),
+        L=L,
+        H_k=H_k,
+        H_v=H_k * ratio,
+        d_k=draw(st.integers(1, 9)),
+        d_v=draw(st.integers(1, 9)),
+        N_seq=len(cuts) + 1 if packed else None,
+    )
+    q, k, v, gates, do, dS_end = delta_rule_arguments(draw(st.integers(0, 2**31)), **sizes)
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
     gates["g"] *= rng.choice([0, 1e-3, 1, 20, 120], gates["g"].shape)
-    gates["beta"] = np.where(rng.random(gates["beta"].shape) < 0.3, rng.choice([0., 1., 2.], gates["beta"].shape), gates["beta"])
+    gates["beta"] = np.where(
+        rng.random(gates["beta"].shape) < 0.3, rng.choice([0.0, 1.0, 2.0], gates["beta"].shape), gates["beta"]
+    )
     k[rng.random(k.shape[:3]) < 0.2] = 0
     options = dict(cu_seqlens=[0, *cuts, L] if packed else None, head_order=draw(st.sampled_from(["grouped", "tiled"])))
     exact = definition(q, k, v, gates, do, dS_end, **options)
@@ -205,10 +223,13 @@ def test_triangular_inverse_with_repeated_keys():
     A = np.tril(np.full((64, 64), 2.0), -1)
     T = unit_lower_inverse(A)
     # T is 1, -2, 2, -2, ...: each element of the product sums 64 terms of at most 2 * 2, as do those that made T
-    assert_within("T (I + A)", T @ (np.eye(64) + A), np.eye(64), rounding(2 * 64) * (np.abs(T) @ (np.eye(64) + A)).max())
+    assert_within(
+        "T (I + A)", T @ (np.eye(64) + A), np.eye(64), rounding(2 * 64) * (np.abs(T) @ (np.eye(64) + A)).max()
+    )
 
 
 # ---- sequences and batches do not touch one another
+
 
 @every_form
 def test_packed_equals_separate_runs(form):
@@ -216,10 +237,10 @@ def test_packed_equals_separate_runs(form):
     q, k, v, gates, do, dS_end = delta_rule_arguments(7, B=1, L=140, H_k=2, H_v=4, d_k=6, d_v=5, N_seq=4)
     packed = run(form, q, k, v, gates, do, dS_end, cu_seqlens=cu)
     for n, (a, b) in enumerate(zip(cu, cu[1:])):
-        one = {name: x[:, a:b] for name, x in gates.items() if name != "S0"} | {"S0": gates["S0"][n:n + 1]}
-        alone = run(form, q[:, a:b], k[:, a:b], v[:, a:b], one, do[:, a:b], dS_end[n:n + 1])
+        one = {name: x[:, a:b] for name, x in gates.items() if name != "S0"} | {"S0": gates["S0"][n : n + 1]}
+        alone = run(form, q[:, a:b], k[:, a:b], v[:, a:b], one, do[:, a:b], dS_end[n : n + 1])
         for name in RESULTS:
-            part = packed[name][n:n + 1] if "S" in name else packed[name][:, a:b]
+            part = packed[name][n : n + 1] if "S" in name else packed[name][:, a:b]
             assert_identical(f"{name} of sequence {n}", part, alone[name])
 
 
@@ -228,10 +249,15 @@ def test_rows_of_a_batch_are_independent(form):
     q, k, v, gates, do, dS_end = delta_rule_arguments(8, B=3, L=70, H_k=2, H_v=4, d_k=6, d_v=5)
     whole = run(form, q, k, v, gates, do, dS_end)
     for b in range(3):
-        row = run(form, *(x[b:b + 1] for x in (q, k, v)), {n: x[b:b + 1] for n, x in gates.items()},
-                  do[b:b + 1], dS_end[b:b + 1])
+        row = run(
+            form,
+            *(x[b : b + 1] for x in (q, k, v)),
+            {n: x[b : b + 1] for n, x in gates.items()},
+            do[b : b + 1],
+            dS_end[b : b + 1],
+        )
         for name in RESULTS:
-            assert_identical(f"{name} of row {b}", whole[name][b:b + 1], row[name])
+            assert_identical(f"{name} of row {b}", whole[name][b : b + 1], row[name])
 
 
 @every_form
@@ -241,8 +267,9 @@ def test_state_carries_over_a_split(form, split):
     o, S_end, _ = FORMS[form][0](q, k, v, **gates)
     S, parts = gates["S0"], []
     for part in (slice(0, split), slice(split, 80)):
-        o_part, S, _ = FORMS[form][0](q[:, part], k[:, part], v[:, part], g=gates["g"][:, part],
-                                      beta=gates["beta"][:, part], S0=S)
+        o_part, S, _ = FORMS[form][0](
+            q[:, part], k[:, part], v[:, part], g=gates["g"][:, part], beta=gates["beta"][:, part], S0=S
+        )
         parts.append(o_part)
     floors = rule_floors(q, k, v, gates, do, dS_end, np.float64, chunk_size=CHUNKS[form])[:2]
     assert_within_floors(RESULTS[:2], [np.concatenate(parts, 1), S], [o, S_end], floors, BOTH)
@@ -253,8 +280,9 @@ def test_steps_equal_the_whole_run():
     o, S_end, _ = gdr.recurrent_forward(q, k, v, **gates, head_order="tiled")
     S = gates["S0"]
     for t in range(SIZES["L"]):
-        o_t, S = gdr.recurrent_step(q[:, t], k[:, t], v[:, t], g=gates["g"][:, t], beta=gates["beta"][:, t], S=S,
-                                    head_order="tiled")
+        o_t, S = gdr.recurrent_step(
+            q[:, t], k[:, t], v[:, t], g=gates["g"][:, t], beta=gates["beta"][:, t], S=S, head_order="tiled"
+        )
         assert_identical(f"o of token {t}", o_t, o[:, t])
     assert_identical("S_end", S, S_end)
 
@@ -263,7 +291,7 @@ def test_steps_equal_the_whole_run():
 def test_head_orders_differ_by_the_permutation_of_the_value_heads(form):
     q, k, v, gates, do, dS_end = delta_rule_arguments(11, **SIZES)
     grouped, tiled = (value_to_key_head(2, 6, order) for order in ("grouped", "tiled"))
-    to_tiled = np.argsort(np.argsort(tiled, kind="stable"), kind="stable")       # the grouped head that stands there
+    to_tiled = np.argsort(np.argsort(tiled, kind="stable"), kind="stable")  # the grouped head that stands there
     assert np.array_equal(grouped[to_tiled], tiled)
     a = run(form, q, k, v, gates, do, dS_end)
     permuted = {n: x[:, to_tiled] if n == "S0" else x[:, :, to_tiled] for n, x in gates.items()}
@@ -275,12 +303,16 @@ def test_head_orders_differ_by_the_permutation_of_the_value_heads(form):
 
 # ---- arguments that do not fit
 
-@pytest.mark.parametrize("change, message", [
-    (dict(g=np.zeros((2, 11, 2))), "one per key head"),
-    (dict(S0=np.zeros((2, 6, 3, 5))), "N_seq, H_v, d_k, d_v"),
-    (dict(head_order="ggml"), "'grouped' .HF, FLA. or 'tiled' .GGUF."),
-    (dict(cu_seqlens=[0, 11]), "needs B = 1"),
-])
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(g=np.zeros((2, 11, 2))), "one per key head"),
+        (dict(S0=np.zeros((2, 6, 3, 5))), "N_seq, H_v, d_k, d_v"),
+        (dict(head_order="ggml"), "'grouped' .HF, FLA. or 'tiled' .GGUF."),
+        (dict(cu_seqlens=[0, 11]), "needs B = 1"),
+    ],
+)
 def test_arguments_that_do_not_fit_are_refused_with_the_remedy(change, message):
     q, k, v, gates, _, _ = delta_rule_arguments(12, **SIZES)
     for forward in (gdr.recurrent_forward, gdr.chunk_forward):
@@ -307,8 +339,11 @@ def test_the_solved_system_needs_neither_u_nor_w():
     V_new = np.linalg.solve(I_A, beta * (V - np.exp(gc) * (K @ S)))
     dV_new = (Q @ K.T * Gamma).swapaxes(1, 2) @ dO + np.exp(gc[:, -1:] - gc) * (K @ dS_end[0])
     X = np.linalg.solve(I_A.swapaxes(1, 2), dV_new)
-    dS0_solved = (np.exp(gc[:, -1:]) * dS_end[0] + (np.exp(gc) * Q).swapaxes(1, 2) @ dO
-                  - (beta * np.exp(gc) * K).swapaxes(1, 2) @ X)
+    dS0_solved = (
+        np.exp(gc[:, -1:]) * dS_end[0]
+        + (np.exp(gc) * Q).swapaxes(1, 2) @ dO
+        - (beta * np.exp(gc) * K).swapaxes(1, 2) @ X
+    )
     # solving amplifies rounding by the condition number at most; then sums of up to 13 tokens or 4 features
     limit = rounding(13 + 4) * np.linalg.cond(I_A).max()
     assert_close("V_new", cache.V_new[0], V_new, limit)

@@ -1,4 +1,5 @@
 """The embedded model and the demo's figures, recomputed from the committed files alone."""
+
 import hashlib
 import json
 import lzma
@@ -65,7 +66,7 @@ def test_the_model_reads_whole_held_out_books_below_1_3_bits_per_byte(model):
     total = 0
     for chapter in held_out_chapters():
         ids = [end, *model.tokenizer.encode(chapter), end]
-        total += sum(nats(model, ids[start:start + window]) for start in range(0, len(ids) - 1, window - 1))
+        total += sum(nats(model, ids[start : start + window]) for start in range(0, len(ids) - 1, window - 1))
     figure = total / math.log(2) / sum(len(chapter.encode()) for chapter in held_out_chapters())
     assert figure < 1.3
     assert figure == pytest.approx(RESULTS["held_out"], abs=TOLERANCE)
@@ -93,7 +94,7 @@ def test_adapting_lowers_scots_by_a_quarter_bit_per_byte_at_least():
 def test_the_demo_makes_an_adapter_that_lowers_scots(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "TRAINING", dict(steps=6, batch_size=2, lr=2e-3, seed=0))
     monkeypatch.setattr(demo, "SAMPLING", dict(max_tokens=5, temperature=0))
-    (tmp_path / "scots.gguf").write_bytes((RECIPE / "scots-rank4.gguf").read_bytes())      # of an earlier run
+    (tmp_path / "scots.gguf").write_bytes((RECIPE / "scots-rank4.gguf").read_bytes())  # of an earlier run
     assert main(["demo", "-o", str(tmp_path / "scots.gguf")]) == 0
     shown = capsys.readouterr().out
     assert "llama-cli" in shown and f"{RESULTS['before']['Scots']:.3f}" in shown

@@ -1,4 +1,5 @@
 """formats/gguf.py and files.py against the gguf package and llama.cpp's converted files, and with damaged files."""
+
 import gzip
 import os
 import signal
@@ -17,9 +18,14 @@ from deltanet_ref.formats.files import atomic_write, ensure_writable
 from deltanet_ref.formats.gguf import StringArray, read_gguf, write_gguf
 from tests.paths import FIXTURES
 
-FILES = ["eq/eq-f32.gguf", "eq/lora.gguf", "grouped/grouped-f16.gguf", "quant/quant-Q4_K_M.gguf",
-         "quant/quant-q8_0.gguf"]
-UINT32, STRING, ARRAY = 4, 8, 9         # GGUF value types
+FILES = [
+    "eq/eq-f32.gguf",
+    "eq/lora.gguf",
+    "grouped/grouped-f16.gguf",
+    "quant/quant-Q4_K_M.gguf",
+    "quant/quant-q8_0.gguf",
+]
+UINT32, STRING, ARRAY = 4, 8, 9  # GGUF value types
 F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
 
 
@@ -65,18 +71,37 @@ def test_rewriting_gives_the_bytes_of_the_official_converter(name, tmp_path):
 
 def test_the_gguf_package_reads_what_is_written(tmp_path):
     metadata = {
-        "general.architecture": "qwen35", "general.alignment": 64, "empty": "", "text": "Zażółć\n日本",
-        "yes": True, "no": np.bool_(False), "int": 4_000_000_000, "float": 0.1,
-        "u8": np.uint8(200), "i8": np.int8(-7), "u16": np.uint16(60000), "i16": np.int16(-3), "i32": np.int32(-5),
-        "u64": np.uint64(2 ** 63 + 5), "i64": np.int64(-2 ** 40), "f64": np.float64(0.1),
-        "strings": ["a", "", "日本"], "ints": [3, -2, 1], "floats": [0.5, 0.1], "bools": [True, False, True],
-        "array": np.arange(5, dtype=np.uint16), "doubles": np.array([0.1, 1e300]),
+        "general.architecture": "qwen35",
+        "general.alignment": 64,
+        "empty": "",
+        "text": "Zażółć\n日本",
+        "yes": True,
+        "no": np.bool_(False),
+        "int": 4_000_000_000,
+        "float": 0.1,
+        "u8": np.uint8(200),
+        "i8": np.int8(-7),
+        "u16": np.uint16(60000),
+        "i16": np.int16(-3),
+        "i32": np.int32(-5),
+        "u64": np.uint64(2**63 + 5),
+        "i64": np.int64(-(2**40)),
+        "f64": np.float64(0.1),
+        "strings": ["a", "", "日本"],
+        "ints": [3, -2, 1],
+        "floats": [0.5, 0.1],
+        "bools": [True, False, True],
+        "array": np.arange(5, dtype=np.uint16),
+        "doubles": np.array([0.1, 1e300]),
     }
     rng = np.random.default_rng(3)
     tensors = {
-        "a": rng.standard_normal((3, 5)).astype(np.float32), "b": rng.standard_normal((2, 3, 7)).astype(np.float16),
-        "transposed": rng.standard_normal((5, 9)).astype(np.float32).T, "vector": np.arange(11, dtype=np.int32),
-        "double": rng.standard_normal(13), "quantised": (rng.integers(0, 256, 2 * 3 * 34, np.uint8), Q8_0, (2, 96)),
+        "a": rng.standard_normal((3, 5)).astype(np.float32),
+        "b": rng.standard_normal((2, 3, 7)).astype(np.float16),
+        "transposed": rng.standard_normal((5, 9)).astype(np.float32).T,
+        "vector": np.arange(11, dtype=np.int32),
+        "double": rng.standard_normal(13),
+        "quantised": (rng.integers(0, 256, 2 * 3 * 34, np.uint8), Q8_0, (2, 96)),
     }
     write_gguf(tmp_path / "a.gguf", metadata, tensors)
     theirs, ours = gguf.GGUFReader(tmp_path / "a.gguf"), read_gguf(tmp_path / "a.gguf")
@@ -87,10 +112,27 @@ def test_the_gguf_package_reads_what_is_written(tmp_path):
     assert {key: plain(value) for key, value in ours.metadata.items()} == expected
     kinds = {key: theirs.fields[key].types[-1].name for key in metadata if not key.startswith("general.")}
     assert kinds == {
-        "empty": "STRING", "text": "STRING", "yes": "BOOL", "no": "BOOL", "int": "UINT32", "float": "FLOAT32",
-        "u8": "UINT8", "i8": "INT8", "u16": "UINT16", "i16": "INT16", "i32": "INT32", "u64": "UINT64", "i64": "INT64",
-        "f64": "FLOAT64", "strings": "STRING", "ints": "INT32", "floats": "FLOAT32", "bools": "BOOL",
-        "array": "UINT16", "doubles": "FLOAT64"}
+        "empty": "STRING",
+        "text": "STRING",
+        "yes": "BOOL",
+        "no": "BOOL",
+        "int": "UINT32",
+        "float": "FLOAT32",
+        "u8": "UINT8",
+        "i8": "INT8",
+        "u16": "UINT16",
+        "i16": "INT16",
+        "i32": "INT32",
+        "u64": "UINT64",
+        "i64": "INT64",
+        "f64": "FLOAT64",
+        "strings": "STRING",
+        "ints": "INT32",
+        "floats": "FLOAT32",
+        "bools": "BOOL",
+        "array": "UINT16",
+        "doubles": "FLOAT64",
+    }
     for t in theirs.tensors:
         if t.name == "quantised":
             assert (t.tensor_type, t.shape.tolist()) == (Q8_0, [96, 2])
@@ -106,17 +148,22 @@ def test_version_2_is_read(tmp_path):
     assert list(read_gguf(tmp_path / "v2.gguf").tensors) == list(read_gguf(FIXTURES / "eq/lora.gguf").tensors)
 
 
-@pytest.mark.parametrize("value", [-1, 2 ** 32, [], [1, 2.5], [1, "a"], [2 ** 40], None, 1j, {"a": 1},
-                                   np.zeros((2, 3))])
+@pytest.mark.parametrize("value", [-1, 2**32, [], [1, 2.5], [1, "a"], [2**40], None, 1j, {"a": 1}, np.zeros((2, 3))])
 def test_values_that_metadata_cannot_hold_are_refused(value, tmp_path):
     with pytest.raises(InputError, match="'key'"):
         write_gguf(tmp_path / "a.gguf", {"key": value}, {})
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name, tensor", [
-    ("n" * 64, np.zeros(3, np.float32)), ("a", np.zeros(3, np.complex64)),
-    ("a", (np.zeros(33, np.uint8), Q8_0, (32,))), ("a", (np.zeros(34, np.uint8), Q8_0, (31,)))])
+@pytest.mark.parametrize(
+    "name, tensor",
+    [
+        ("n" * 64, np.zeros(3, np.float32)),
+        ("a", np.zeros(3, np.complex64)),
+        ("a", (np.zeros(33, np.uint8), Q8_0, (32,))),
+        ("a", (np.zeros(34, np.uint8), Q8_0, (31,))),
+    ],
+)
 def test_tensors_that_cannot_be_stored_are_refused(name, tensor, tmp_path):
     with pytest.raises(InputError):
         write_gguf(tmp_path / "a.gguf", {}, {name: tensor})
@@ -124,6 +171,7 @@ def test_tensors_that_cannot_be_stored_are_refused(name, tensor, tmp_path):
 
 
 # --- damaged files -------------------------------------------------------------------------------------------------
+
 
 def string(text):
     raw = text if isinstance(text, bytes) else text.encode()
@@ -139,8 +187,14 @@ def tensor(name="t", dimensions=(3,), kind=F32, offset=0):
 
 
 def file(keys=(), tensors=(), data=64, version=3, n_keys=None, n_tensors=None, magic=b"GGUF"):
-    header = magic + struct.pack("<IQQ", version, len(tensors) if n_tensors is None else n_tensors,
-                                 len(keys) if n_keys is None else n_keys) + b"".join(keys) + b"".join(tensors)
+    header = (
+        magic
+        + struct.pack(
+            "<IQQ", version, len(tensors) if n_tensors is None else n_tensors, len(keys) if n_keys is None else n_keys
+        )
+        + b"".join(keys)
+        + b"".join(tensors)
+    )
     return header + bytes(-len(header) % 32 + data)
 
 
@@ -149,28 +203,35 @@ def array(n, kind, content=b""):
 
 
 DAMAGED = {
-    "empty": (b"", "not a GGUF"), "one byte": (b"G", "not a GGUF"), "other file": (b"PK\3\4" + bytes(99), "not a GGUF"),
-    "magic alone": (b"GGUF", "truncated"), "version 1": (file(version=1), "version 1"),
+    "empty": (b"", "not a GGUF"),
+    "one byte": (b"G", "not a GGUF"),
+    "other file": (b"PK\3\4" + bytes(99), "not a GGUF"),
+    "magic alone": (b"GGUF", "truncated"),
+    "version 1": (file(version=1), "version 1"),
     "version 4": (file(version=4), "version 4"),
     "big endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
-    "huge key count": (file(n_keys=2 ** 60), "truncated"),
-    "huge tensor count": (file(n_tensors=2 ** 64 - 1), "truncated"),
+    "huge key count": (file(n_keys=2**60), "truncated"),
+    "huge tensor count": (file(n_tensors=2**64 - 1), "truncated"),
     "more keys than there are": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + key("a") + bytes(12), "truncated"),
     "key twice": (file([key("a"), key("a")]), "'a' appears twice"),
     "key not UTF-8": (file([key(b"\xff\xfe")]), "not UTF-8"),
     "value not UTF-8": (file([key("a", STRING, string(b"\xc3"))]), "not UTF-8"),
-    "huge key length": (file([struct.pack("<Q", 2 ** 63) + b"a"], n_keys=1), "truncated"),
-    "huge string": (file([key("a", STRING, struct.pack("<Q", 2 ** 64 - 8))]), "truncated"),
+    "huge key length": (file([struct.pack("<Q", 2**63) + b"a"], n_keys=1), "truncated"),
+    "huge string": (file([key("a", STRING, struct.pack("<Q", 2**64 - 8))]), "truncated"),
     "unknown value type": (file([key("a", 13)]), "unknown type 13"),
     "unknown array type": (file([key("a", ARRAY, array(1, 77))]), "unknown type 77"),
     "nested arrays": (file([key("a", ARRAY, array(1, ARRAY, array(1, UINT32, bytes(4))))]), "array of arrays"),
-    "huge array": (file([key("a", ARRAY, array(2 ** 62, UINT32))]), "truncated"),
-    "huge string array": (file([key("a", ARRAY, array(2 ** 61, STRING))]), "truncated"),
+    "huge array": (file([key("a", ARRAY, array(2**62, UINT32))]), "truncated"),
+    "huge string array": (file([key("a", ARRAY, array(2**61, STRING))]), "truncated"),
     "string array past the end": (
-        file([key("a", ARRAY, array(2, STRING, struct.pack("<Qs", 1000, b"x")))]), "truncated"),
+        file([key("a", ARRAY, array(2, STRING, struct.pack("<Qs", 1000, b"x")))]),
+        "truncated",
+    ),
     "string array of huge lengths": (
-        file([key("a", ARRAY, array(2, STRING, struct.pack("<QQ", 2 ** 63, 2 ** 64 - 1)))]), "truncated"),
-    "last string past the end": (file([key("a", ARRAY, array(1, STRING, struct.pack("<Q", 10 ** 6)))]), "truncated"),
+        file([key("a", ARRAY, array(2, STRING, struct.pack("<QQ", 2**63, 2**64 - 1)))]),
+        "truncated",
+    ),
+    "last string past the end": (file([key("a", ARRAY, array(1, STRING, struct.pack("<Q", 10**6)))]), "truncated"),
     "alignment 0": (file([key("general.alignment", value=bytes(4))]), "alignment"),
     "alignment 24": (file([key("general.alignment", value=struct.pack("<I", 24))]), "alignment"),
     "alignment a string": (file([key("general.alignment", STRING, string("32"))]), "alignment"),
@@ -179,12 +240,12 @@ DAMAGED = {
     "tensor twice": (file(tensors=[tensor("t"), tensor("t", offset=32)]), "'t' appears twice"),
     "tensor name not UTF-8": (file(tensors=[tensor(b"\x80")]), "not UTF-8"),
     "5 dimensions": (file(tensors=[tensor(dimensions=(1, 1, 1, 1, 1))]), "5 dimensions"),
-    "2^32 - 1 dimensions": (file(tensors=[string("t") + struct.pack("<I", 2 ** 32 - 1)], n_tensors=1), "dimensions"),
+    "2^32 - 1 dimensions": (file(tensors=[string("t") + struct.pack("<I", 2**32 - 1)], n_tensors=1), "dimensions"),
     "dimension 0": (file(tensors=[tensor(dimensions=(3, 0))]), "shape"),
-    "dimensions overflow 64 bits": (file(tensors=[tensor(dimensions=(2 ** 32, 2 ** 32, 2 ** 32))]), "ends at byte"),
-    "dimensions overflow to a small product": (file(tensors=[tensor(dimensions=(2 ** 63, 2, 3))]), "ends at byte"),
+    "dimensions overflow 64 bits": (file(tensors=[tensor(dimensions=(2**32, 2**32, 2**32))]), "ends at byte"),
+    "dimensions overflow to a small product": (file(tensors=[tensor(dimensions=(2**63, 2, 3))]), "ends at byte"),
     "data past the end": (file(tensors=[tensor(dimensions=(17,))]), "ends at byte"),
-    "offset past the end": (file(tensors=[tensor(offset=2 ** 63)]), "offset"),
+    "offset past the end": (file(tensors=[tensor(offset=2**63)]), "offset"),
     "offset unaligned": (file(tensors=[tensor("a"), tensor("b", offset=12)]), "offset 12, expected 32"),
     "ranges overlap": (file(tensors=[tensor("a"), tensor("b")]), "offset 0, expected 32"),
     "unknown tensor type": (file(tensors=[tensor(kind=4)]), "'t' has the unknown type 4"),
@@ -201,9 +262,10 @@ def test_damaged_file_is_one_clear_line(case, tmp_path):
     assert str(e.value).startswith(f"{tmp_path / 'bad.gguf'}: ") and reason in str(e.value) and "\n" not in str(e.value)
 
 
-LONG = "x" * 10 ** 6
+LONG = "x" * 10**6
 LONG_VALUES = {
-    "key twice": file([key(LONG), key(LONG)]), "key of unknown type": file([key(LONG, 13)]),
+    "key twice": file([key(LONG), key(LONG)]),
+    "key of unknown type": file([key(LONG, 13)]),
     "alignment": file([key("general.alignment", STRING, string(LONG))]),
     "split count": file([key("split.count", STRING, string(LONG))]),
     "tensor twice": file(tensors=[tensor(LONG), tensor(LONG, offset=32)]),
@@ -257,14 +319,14 @@ def test_random_damage_never_escapes_as_another_error(tmp_path):
     header = gguf.GGUFReader(FIXTURES / "eq/eq-f32.gguf").data_offset
     rng, path, opened = np.random.default_rng(11), tmp_path / "m.gguf", 0
     for trial in range(500):
-        raw = bytearray(good[:header + 4096] if trial % 2 else good)
+        raw = bytearray(good[: header + 4096] if trial % 2 else good)
         # Half of the damage goes to the region after the vocabulary, where keys and tensors are dense.
         for place in rng.integers(0 if trial % 4 < 2 else 8000, header, rng.integers(1, 4)):
             raw[place] = rng.choice([0, 1, 0x7F, 0xFF, rng.integers(256)])
             if trial % 5 == 0:
-                raw[place:place + 8] = b"\xff" * 8
+                raw[place : place + 8] = b"\xff" * 8
         if trial % 3 == 0:
-            raw = raw[:rng.integers(0, header)]
+            raw = raw[: rng.integers(0, header)]
         path.write_bytes(raw)
         try:
             file = read_gguf(path)
@@ -274,7 +336,7 @@ def test_random_damage_never_escapes_as_another_error(tmp_path):
             opened += 1
         except InputError as e:
             assert str(e).startswith(str(path)) and "\n" not in str(e)
-    assert 20 < opened < 480        # the damage is neither always fatal nor never
+    assert 20 < opened < 480  # the damage is neither always fatal nor never
 
 
 def test_counts_allocate_nothing_before_they_are_checked(tmp_path):
@@ -307,6 +369,7 @@ def test_the_strings_of_the_real_vocabulary_are_not_decoded_with_the_header(tmp_
 
 
 # --- atomic writing --------------------------------------------------------------------------------------------------
+
 
 def test_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
     (tmp_path / "a").write_text("old")

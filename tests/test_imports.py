@@ -1,4 +1,5 @@
 """The direction of imports: every import in the package, those inside functions included, against one table."""
+
 import ast
 import sys
 from collections import deque
@@ -12,7 +13,7 @@ PACKAGE = Path(deltanet_ref.__file__).parent
 
 # A layer may import itself and the layers after the colon, directly or through others; nothing else of the package.
 BASIC = {"errors", "version", "notation", "formats", "ops"}
-LIBRARY = BASIC | {"backends", "model", "lora", "train", ""}               # "" is deltanet_ref/__init__.py
+LIBRARY = BASIC | {"backends", "model", "lora", "train", ""}  # "" is deltanet_ref/__init__.py
 LAYERS = {
     "errors": set(),
     "version": set(),
@@ -22,7 +23,7 @@ LAYERS = {
     "backends": BASIC,
     "model": BASIC,
     "lora": BASIC | {"model"},
-    "oracle": BASIC | {"model", "lora"},                                   # not backends: the judge and the judged
+    "oracle": BASIC | {"model", "lora"},  # not backends: the judge and the judged
     "train": BASIC | {"model", "lora", "backends"},
     "": LIBRARY,
     "demo": LIBRARY,
@@ -68,17 +69,17 @@ def imports(module):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
-            if node.level:                                                 # from .x import y
+            if node.level:  # from .x import y
                 package = f"deltanet_ref.{module}".rstrip(".").split(".")
                 is_package = MODULES[module].name == "__init__.py"
-                package = package[:len(package) - node.level + is_package]
+                package = package[: len(package) - node.level + is_package]
                 base = ".".join([*package, *filter(None, [base])])
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
             names = [name for name in names if name == base or ours(name) in MODULES]
             if len(names) > 1 and ours(base) == "":
-                names = names[1:]                                          # `from deltanet_ref import ops` is ops
+                names = names[1:]  # `from deltanet_ref import ops` is ops
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and ours(node.value) in MODULES:
-            names = [node.value] if node.value != "deltanet_ref" else []   # import_module("deltanet_ref.ops")
+            names = [node.value] if node.value != "deltanet_ref" else []  # import_module("deltanet_ref.ops")
         for name in names:
             found.setdefault(name, node.lineno)
     return found
@@ -106,8 +107,10 @@ def chains(start):
 
 
 def described(chain):
-    steps = [f"deltanet_ref.{a}:{GRAPH[a][f'deltanet_ref.{b}'.rstrip('.')]}".replace("ref.:", "ref:")
-             for a, b in zip(chain, chain[1:])]
+    steps = [
+        f"deltanet_ref.{a}:{GRAPH[a][f'deltanet_ref.{b}'.rstrip('.')]}".replace("ref.:", "ref:")
+        for a, b in zip(chain, chain[1:])
+    ]
     return " -> ".join([*steps, f"deltanet_ref.{chain[-1]}".rstrip(".")])
 
 
@@ -125,19 +128,29 @@ def test_a_layer_reaches_only_the_layers_below_it(name):
                     forbidden = layer(target) or "deltanet_ref itself"
                     if len(chain) < len(wrong.get(forbidden, [*chain, ""])):
                         wrong[forbidden] = chain
-    assert not wrong, "\n".join(f"{name or 'deltanet_ref'} must not reach {target}: {described(chain)}"
-                                for target, chain in wrong.items())
+    assert not wrong, "\n".join(
+        f"{name or 'deltanet_ref'} must not reach {target}: {described(chain)}" for target, chain in wrong.items()
+    )
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
 def test_a_package_is_imported_only_where_it_may_be(package):
-    wrong = [f"deltanet_ref.{module}:{line} imports {name}" for module, found in GRAPH.items()
-             for name, line in found.items() if name.partition(".")[0] == package
-             and not any(module == place or module.startswith(f"{place}.") for place in ONLY_IN[package])]
+    wrong = [
+        f"deltanet_ref.{module}:{line} imports {name}"
+        for module, found in GRAPH.items()
+        for name, line in found.items()
+        if name.partition(".")[0] == package
+        and not any(module == place or module.startswith(f"{place}.") for place in ONLY_IN[package])
+    ]
     assert not wrong, "\n".join(wrong)
 
 
 def test_the_mathematics_needs_numpy_only():
-    wrong = [f"deltanet_ref.{module}:{line} imports {name}" for module, found in GRAPH.items() if layer(module) == "ops"
-             for name, line in found.items() if ours(name) is None and name.partition(".")[0] not in OPS_NEED]
+    wrong = [
+        f"deltanet_ref.{module}:{line} imports {name}"
+        for module, found in GRAPH.items()
+        if layer(module) == "ops"
+        for name, line in found.items()
+        if ours(name) is None and name.partition(".")[0] not in OPS_NEED
+    ]
     assert not wrong, "\n".join(wrong)

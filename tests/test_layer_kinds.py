@@ -4,6 +4,7 @@ description.
 The mixer is OLMo-Hybrid's variant of the delta rule, beta = 2 sigmoid(b) from separate projections without a
 convolution; the feed-forward squares its hidden features. No module of the package knows of either.
 """
+
 import json
 from typing import NamedTuple
 
@@ -43,8 +44,15 @@ def olmo_forward(x, layer, *, shared=None, state=None, cu_seqlens=None):
     k, k_norm = ops.l2_norm_forward(k)
     g, half_beta, gate = ops.decay_gate_forward(a, b, ops.xp.log(-layer["olmo_a"]), layer["olmo_dt"])
     o, S, delta = ops.gated_delta_rule_forward(
-        q, k, v.reshape(*x.shape[:2], c.linear_num_value_heads, -1), g=g, beta=2 * half_beta, S0=state and state.S,
-        head_order="tiled", cu_seqlens=cu_seqlens)
+        q,
+        k,
+        v.reshape(*x.shape[:2], c.linear_num_value_heads, -1),
+        g=g,
+        beta=2 * half_beta,
+        S0=state and state.S,
+        head_order="tiled",
+        cu_seqlens=cu_seqlens,
+    )
     layer.see(q=q, k=k, g=g, beta=2 * half_beta, o=o, S=S)
     o, norm = ops.rms_norm_forward(o, layer["olmo_norm"], c.rms_norm_eps)
     y, out = layer.linear_forward("olmo_out.weight", o.reshape(*x.shape[:2], -1))
@@ -64,33 +72,43 @@ def olmo_backward(dy, layer, cache, grads, need_dx=True):
     if grads.base:
         for name, d in (("olmo_norm", dw), ("olmo_a", dA_log / layer["olmo_a"]), ("olmo_dt", ddt)):
             grads.add(layer.name(name), d)
-    return layer.linear_maps_backward(PROJECTIONS, [d.reshape(rows) for d in (dq, dk, dv, db, da)], projections, grads,
-                                      need_dx)
+    return layer.linear_maps_backward(
+        PROJECTIONS, [d.reshape(rows) for d in (dq, dk, dv, db, da)], projections, grads, need_dx
+    )
 
 
 OLMO = Kind(
-    fields=DeltaNetFields, sizes=MIXERS["linear_attention"].sizes, forward=olmo_forward, backward=olmo_backward,
+    fields=DeltaNetFields,
+    sizes=MIXERS["linear_attention"].sizes,
+    forward=olmo_forward,
+    backward=olmo_backward,
     output="olmo_out.weight",
-    tensors=(TensorRow("olmo_q.weight", "linear_attn.q_proj.weight", ("KEY", "D"), linear=True),
-             TensorRow("olmo_k.weight", "linear_attn.k_proj.weight", ("KEY", "D"), linear=True),
-             TensorRow("olmo_v.weight", "linear_attn.v_proj.weight", ("VALUE", "D"), (0, "0", "d_v"), linear=True),
-             TensorRow("olmo_b.weight", "linear_attn.b_proj.weight", ("H_v", "D"), (0, "0", "1"), linear=True),
-             TensorRow("olmo_a.weight", "linear_attn.a_proj.weight", ("H_v", "D"), (0, "0", "1"), linear=True),
-             TensorRow("olmo_a", "linear_attn.A_log", ("H_v",), (0, "0", "1"), value="minus_exp"),
-             TensorRow("olmo_dt", "linear_attn.dt_bias", ("H_v",), (0, "0", "1")),
-             TensorRow("olmo_norm", "linear_attn.o_norm.weight", ("d_v",)),
-             TensorRow("olmo_out.weight", "linear_attn.o_proj.weight", ("D", "VALUE"), (1, "0", "d_v"), linear=True)),
-    stages=(Stage("q", ("L", "H_k", "d_k"), "unit queries", ("olmo_q.weight",)),
-            Stage("k", ("L", "H_k", "d_k"), "unit keys", ("olmo_k.weight",)),
-            Stage("g", ("L", "H_v"), "log decay", ("olmo_a", "olmo_dt"), v_heads=(1, "0", "1")),
-            Stage("beta", ("L", "H_v"), "2 sigmoid(b)", v_heads=(1, "0", "1")),
-            Stage("o", ("L", "H_v", "d_v"), "output of the rule", v_heads=(1, "0", "1")),
-            Stage("S", ("H_v", "d_k", "d_v"), "state after the last token", gradient=False, v_heads=(0, "0", "1")),
-            Stage("mixer_out", ("L", "D"), "projected back", ("olmo_out.weight",), gradient=False)))
+    tensors=(
+        TensorRow("olmo_q.weight", "linear_attn.q_proj.weight", ("KEY", "D"), linear=True),
+        TensorRow("olmo_k.weight", "linear_attn.k_proj.weight", ("KEY", "D"), linear=True),
+        TensorRow("olmo_v.weight", "linear_attn.v_proj.weight", ("VALUE", "D"), (0, "0", "d_v"), linear=True),
+        TensorRow("olmo_b.weight", "linear_attn.b_proj.weight", ("H_v", "D"), (0, "0", "1"), linear=True),
+        TensorRow("olmo_a.weight", "linear_attn.a_proj.weight", ("H_v", "D"), (0, "0", "1"), linear=True),
+        TensorRow("olmo_a", "linear_attn.A_log", ("H_v",), (0, "0", "1"), value="minus_exp"),
+        TensorRow("olmo_dt", "linear_attn.dt_bias", ("H_v",), (0, "0", "1")),
+        TensorRow("olmo_norm", "linear_attn.o_norm.weight", ("d_v",)),
+        TensorRow("olmo_out.weight", "linear_attn.o_proj.weight", ("D", "VALUE"), (1, "0", "d_v"), linear=True),
+    ),
+    stages=(
+        Stage("q", ("L", "H_k", "d_k"), "unit queries", ("olmo_q.weight",)),
+        Stage("k", ("L", "H_k", "d_k"), "unit keys", ("olmo_k.weight",)),
+        Stage("g", ("L", "H_v"), "log decay", ("olmo_a", "olmo_dt"), v_heads=(1, "0", "1")),
+        Stage("beta", ("L", "H_v"), "2 sigmoid(b)", v_heads=(1, "0", "1")),
+        Stage("o", ("L", "H_v", "d_v"), "output of the rule", v_heads=(1, "0", "1")),
+        Stage("S", ("H_v", "d_k", "d_v"), "state after the last token", gradient=False, v_heads=(0, "0", "1")),
+        Stage("mixer_out", ("L", "D"), "projected back", ("olmo_out.weight",), gradient=False),
+    ),
+)
 OLMO = OLMO._replace(sizes=lambda c, sizes=OLMO.sizes: sizes(c) | {"KEY": c.linear_key_dim})
 
 
 # ---- and in model/layers/squared.py
+
 
 def squared_forward(x, layer):
     h, up = layer.linear_forward("sq_up.weight", x)
@@ -107,12 +125,20 @@ def squared_backward(dy, layer, cache, grads, need_dx=True):
 
 
 SQUARED = Kind(
-    fields=SwigluFields, sizes=lambda c: {"F": c.intermediate_size}, forward=squared_forward,
-    backward=squared_backward, output="sq_down.weight",
-    tensors=(TensorRow("sq_up.weight", "mlp.up.weight", ("F", "D"), linear=True),
-             TensorRow("sq_down.weight", "mlp.down.weight", ("D", "F"), linear=True)),
-    stages=(Stage("sq_act", ("L", "F"), "squared", ("sq_up.weight",)),
-            Stage("ffn_out", ("L", "D"), "projected back", ("sq_down.weight",), gradient=False)))
+    fields=SwigluFields,
+    sizes=lambda c: {"F": c.intermediate_size},
+    forward=squared_forward,
+    backward=squared_backward,
+    output="sq_down.weight",
+    tensors=(
+        TensorRow("sq_up.weight", "mlp.up.weight", ("F", "D"), linear=True),
+        TensorRow("sq_down.weight", "mlp.down.weight", ("D", "F"), linear=True),
+    ),
+    stages=(
+        Stage("sq_act", ("L", "F"), "squared", ("sq_up.weight",)),
+        Stage("ffn_out", ("L", "D"), "projected back", ("sq_down.weight",), gradient=False),
+    ),
+)
 
 
 # ---- the proof
@@ -129,11 +155,27 @@ def registered(monkeypatch):
 @pytest.fixture
 def config(registered):
     return Config(
-        vocab_size=61, hidden_size=22, intermediate_size=26, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=8,
-        linear_value_head_dim=5, linear_conv_kernel_dim=4, rms_norm_eps=1e-6, rope_theta=1e5, partial_rotary_factor=0.5,
-        mrope_section=(2, 1, 1), layer_types=("linear_attention", "olmo_delta", "full_attention"),
-        mlp_layer_types=("squared", "dense", "squared"), tie_word_embeddings=False, max_position_embeddings=99)
+        vocab_size=61,
+        hidden_size=22,
+        intermediate_size=26,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=6,
+        linear_key_head_dim=8,
+        linear_value_head_dim=5,
+        linear_conv_kernel_dim=4,
+        rms_norm_eps=1e-6,
+        rope_theta=1e5,
+        partial_rotary_factor=0.5,
+        mrope_section=(2, 1, 1),
+        layer_types=("linear_attention", "olmo_delta", "full_attention"),
+        mlp_layer_types=("squared", "dense", "squared"),
+        tie_word_embeddings=False,
+        max_position_embeddings=99,
+    )
 
 
 @pytest.fixture
@@ -145,8 +187,15 @@ def tensors(config):
     rng, stored = np.random.default_rng(1), {}
     for name, spec in expected_tensors(config).items():
         x = rng.standard_normal(spec.shape)
-        stored[name] = (-np.exp(0.5 * x) if spec.value == "minus_exp" else 1 + 0.1 * x if x.ndim == 1 else
-                        x if name == "token_embd.weight" else 1.5 * x / np.sqrt(spec.shape[-1]))
+        stored[name] = (
+            -np.exp(0.5 * x)
+            if spec.value == "minus_exp"
+            else 1 + 0.1 * x
+            if x.ndim == 1
+            else x
+            if name == "token_embd.weight"
+            else 1.5 * x / np.sqrt(spec.shape[-1])
+        )
     return stored
 
 
@@ -207,14 +256,19 @@ def test_the_trace_has_its_stages_and_gradients(model):
     assert list(found.tensors) == list(table)
     assert {name: x.shape for name, x in found.tensors.items()} == {name: t.shape for name, t in table.items()}
     assert {"blk.1.beta", "d.blk.1.o", "d.blk.1.olmo_a", "d.blk.0.sq_act"} <= set(table) and "blk.1.conv" not in table
-    assert found.tensors["blk.1.beta"].max() > 1                       # 2 sigmoid
+    assert found.tensors["blk.1.beta"].max() > 1  # 2 sigmoid
 
 
 def write_hf(directory, config, stored):
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config.to_hf()))
-    save_file({spec.hf_name: np.ascontiguousarray(to_hf_form(stored[name], spec, config).reshape(hf_shape(spec)))
-               for name, spec in expected_tensors(config).items()}, directory / "model.safetensors")
+    save_file(
+        {
+            spec.hf_name: np.ascontiguousarray(to_hf_form(stored[name], spec, config).reshape(hf_shape(spec)))
+            for name, spec in expected_tensors(config).items()
+        },
+        directory / "model.safetensors",
+    )
 
 
 def test_a_checkpoint_is_loaded_and_converted(tmp_path, model, config):
@@ -223,9 +277,9 @@ def test_a_checkpoint_is_loaded_and_converted(tmp_path, model, config):
     loaded = dr.load_model(tmp_path / "hf", backend="numpy", dtype="float64")
     assert loaded.config == config
     want = model.logits(IDS)
-    assert relative(loaded.logits(IDS), want) < 1e-12                  # log and exp of ssm_a, 1 + w and back
+    assert relative(loaded.logits(IDS), want) < 1e-12  # log and exp of ssm_a, 1 + w and back
     write_base(open_base(tmp_path / "hf"), tmp_path / "again", "f32")
     again = dr.load_model(tmp_path / "again", backend="numpy", dtype="float64")
-    assert relative(again.logits(IDS), want) < 1e-5                    # float32 matrices, 2^-24 a value over three layers
+    assert relative(again.logits(IDS), want) < 1e-5  # float32 matrices, 2^-24 a value over three layers
     with pytest.raises(InputError, match="cannot hold layers of type olmo_delta, squared: write an HF directory"):
         write_base(open_base(tmp_path / "hf"), tmp_path / "m.gguf")

@@ -1,4 +1,5 @@
 """Loading: HF and GGUF become the same tensors, quantised bytes stay quantised, and what is wrong is listed at once."""
+
 import json
 from dataclasses import replace
 
@@ -22,19 +23,35 @@ DELTA, ATTENTION = "linear_attention", "full_attention"
 
 def small_config(H_k=2, ratio=3, layer_types=(DELTA, ATTENTION, ATTENTION, DELTA, DELTA), tied=False):
     """A model whose sizes differ, d_k and d_v included."""
-    return Config(vocab_size=67, hidden_size=20, intermediate_size=28, num_hidden_layers=len(layer_types),
-                  num_attention_heads=9, num_key_value_heads=3, head_dim=16, linear_num_key_heads=H_k,
-                  linear_num_value_heads=H_k * ratio, linear_key_head_dim=8, linear_value_head_dim=5,
-                  linear_conv_kernel_dim=4, rms_norm_eps=2.0 ** -20, rope_theta=5000.0, partial_rotary_factor=0.25,
-                  mrope_section=(1, 1, 0), layer_types=tuple(layer_types), tie_word_embeddings=tied,
-                  max_position_embeddings=300)
+    return Config(
+        vocab_size=67,
+        hidden_size=20,
+        intermediate_size=28,
+        num_hidden_layers=len(layer_types),
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=16,
+        linear_num_key_heads=H_k,
+        linear_num_value_heads=H_k * ratio,
+        linear_key_head_dim=8,
+        linear_value_head_dim=5,
+        linear_conv_kernel_dim=4,
+        rms_norm_eps=2.0**-20,
+        rope_theta=5000.0,
+        partial_rotary_factor=0.25,
+        mrope_section=(1, 1, 0),
+        layer_types=tuple(layer_types),
+        tie_word_embeddings=tied,
+        max_position_embeddings=300,
+    )
 
 
 def random_tensors(config, seed=0):
     """Float32 tensors in GGUF's form, by GGUF name."""
     rng = np.random.default_rng(seed)
-    tensors = {name: rng.standard_normal(spec.shape).astype(np.float32)
-               for name, spec in expected_tensors(config).items()}
+    tensors = {
+        name: rng.standard_normal(spec.shape).astype(np.float32) for name, spec in expected_tensors(config).items()
+    }
     return {name: -np.abs(x) if name.endswith("ssm_a") else x for name, x in tensors.items()}
 
 
@@ -46,21 +63,38 @@ def write_model(path, config, tensors, **metadata):
 def write_hf(directory, config, tensors, prefix="model.", wrapped=False):
     directory.mkdir()
     text = {"model_type": "qwen3_5_text"} | {
-        key: getattr(config, key) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                              "num_attention_heads", "num_key_value_heads", "head_dim", "layer_types",
-                                              "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
-                                              "linear_value_head_dim", "tie_word_embeddings")}
+        key: getattr(config, key)
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "layer_types",
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "tie_word_embeddings",
+        )
+    }
     config_json = {"model_type": "qwen3_5", "text_config": text} if wrapped else text
     (directory / "config.json").write_text(json.dumps(config_json))
-    save_file({prefix + name.removeprefix("model.") if name.startswith("model.") else name: x
-               for name, x in tensors.items()}, directory / "model.safetensors")
+    save_file(
+        {prefix + name.removeprefix("model.") if name.startswith("model.") else name: x for name, x in tensors.items()},
+        directory / "model.safetensors",
+    )
     return directory
 
 
 def random_hf_tensors(config, seed=0):
     rng = np.random.default_rng(seed)
-    return {spec.hf_name: rng.standard_normal(hf_shape(spec)).astype(np.float32)
-            for spec in expected_tensors(config).values()}
+    return {
+        spec.hf_name: rng.standard_normal(hf_shape(spec)).astype(np.float32)
+        for spec in expected_tensors(config).values()
+    }
 
 
 def tile(x, H_k, ratio, size, start=0):
@@ -69,7 +103,7 @@ def tile(x, H_k, ratio, size, start=0):
     for key_head in range(H_k):
         for r in range(ratio):
             grouped, tiled = start + (key_head * ratio + r) * size, start + (r * H_k + key_head) * size
-            out[tiled:tiled + size] = x[grouped:grouped + size]
+            out[tiled : tiled + size] = x[grouped : grouped + size]
     return out
 
 
@@ -79,7 +113,7 @@ def test_an_hf_directory_becomes_the_file_of_the_official_converter(model):
     official = {t.name: t.data for t in GGUFReader(FIXTURES / model / f"{model}-f32.gguf").tensors}
     assert notes == [] and set(ours) == set(official)
     for name, want in official.items():
-        if name.endswith("ssm_a"):          # exp differs between libraries by one unit in the last place
+        if name.endswith("ssm_a"):  # exp differs between libraries by one unit in the last place
             np.testing.assert_array_max_ulp(ours[name], want.reshape(ours[name].shape), maxulp=1)
         else:
             np.testing.assert_array_equal(ours[name], want.reshape(ours[name].shape), err_msg=name)
@@ -195,7 +229,11 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together(tmp_path):
     text = str(error.value)
     assert "2 missing: blk.0.ssm_norm.weight, output_norm.weight" in text
     assert "2 unexpected: blk.4.attn_q.weight, rope_freqs.weight" in text
-    assert "1 with the wrong shape" in text and "blk.1.ffn_up.weight is (20, 28), not (28, 20)" in text and "\n" not in text
+    assert (
+        "1 with the wrong shape" in text
+        and "blk.1.ffn_up.weight is (20, 28), not (28, 20)" in text
+        and "\n" not in text
+    )
 
 
 def test_a_long_list_is_cut_and_counted(tmp_path):
@@ -207,9 +245,16 @@ def test_a_long_list_is_cut_and_counted(tmp_path):
 
 def test_prediction_blocks_and_vision_are_skipped_with_a_note(tmp_path):
     config = small_config()
-    extra = {name: np.ones((2, 2), np.float32) for name in (
-        "blk.5.attn_q.weight", "blk.5.ffn_up.weight", "blk.5.nextn.eh_proj.weight", "v.blk.0.attn_q.weight",
-        "mm.0.weight")}
+    extra = {
+        name: np.ones((2, 2), np.float32)
+        for name in (
+            "blk.5.attn_q.weight",
+            "blk.5.ffn_up.weight",
+            "blk.5.nextn.eh_proj.weight",
+            "v.blk.0.attn_q.weight",
+            "mm.0.weight",
+        )
+    }
     counts = {"qwen35.block_count": np.uint32(6), "qwen35.nextn_predict_layers": np.uint32(1)}
     file = write_model(tmp_path / "m.gguf", config, random_tensors(config) | extra, **counts)
     loaded, weights, notes = weights_from_gguf(file, "float32", ops)
@@ -226,7 +271,9 @@ def test_a_block_beyond_the_last_is_not_taken_for_a_prediction_block(tmp_path):
 
 def test_embeddings_are_tied_when_there_is_no_output_tensor(tmp_path):
     config = small_config(tied=True, layer_types=(ATTENTION, DELTA))
-    loaded, weights, _ = weights_from_gguf(write_model(tmp_path / "m.gguf", config, random_tensors(config)), "float32", ops)
+    loaded, weights, _ = weights_from_gguf(
+        write_model(tmp_path / "m.gguf", config, random_tensors(config)), "float32", ops
+    )
     assert loaded.tie_word_embeddings and "output.weight" not in weights
 
 
@@ -234,10 +281,11 @@ def test_files_that_are_no_model_are_refused_by_name(tmp_path):
     config = small_config()
     tensors = random_tensors(config)
     for path, metadata, some, match in [
-            ("moe.gguf", {"general.architecture": "qwen35moe"}, tensors, "qwen35moe"),
-            ("lora.gguf", {"general.type": "adapter"}, tensors, "adapter.*base model"),
-            ("vocabulary.gguf", {}, {}, "contains no tensors"),
-            ("decay.gguf", {}, tensors | {"blk.3.ssm_a": -tensors["blk.3.ssm_a"]}, r"blk.3.ssm_a.*negative")]:
+        ("moe.gguf", {"general.architecture": "qwen35moe"}, tensors, "qwen35moe"),
+        ("lora.gguf", {"general.type": "adapter"}, tensors, "adapter.*base model"),
+        ("vocabulary.gguf", {}, {}, "contains no tensors"),
+        ("decay.gguf", {}, tensors | {"blk.3.ssm_a": -tensors["blk.3.ssm_a"]}, r"blk.3.ssm_a.*negative"),
+    ]:
         with pytest.raises(InputError, match=f"{path}.*{match}"):
             weights_from_gguf(write_model(tmp_path / path, config, some, **metadata), "float32", ops)
     with pytest.raises(InputError, match="GPU backend"):
@@ -246,17 +294,21 @@ def test_files_that_are_no_model_are_refused_by_name(tmp_path):
         weights_from_hf(tmp_path, "float32", ops)
 
 
-@pytest.mark.parametrize("prefix, head", [("model.language_model.", "lm_head."),
-                                          ("language_model.model.", "language_model.lm_head.")])
+@pytest.mark.parametrize(
+    "prefix, head", [("model.language_model.", "lm_head."), ("language_model.model.", "language_model.lm_head.")]
+)
 def test_the_text_part_of_a_multimodal_checkpoint_is_the_text_model(prefix, head, tmp_path):
     config = small_config()
     hf = random_hf_tensors(config)
     _, want, _ = weights_from_hf(write_hf(tmp_path / "text", config, hf), "float32", ops)
-    more = hf | {"mtp.fc.weight": np.ones((2, 2), np.float32), "mtp.norm.weight": np.ones(2, np.float32),
-                 "visual.patch_embed.weight": np.ones(3, np.float32)}
+    more = hf | {
+        "mtp.fc.weight": np.ones((2, 2), np.float32),
+        "mtp.norm.weight": np.ones(2, np.float32),
+        "visual.patch_embed.weight": np.ones(3, np.float32),
+    }
     more = {name.replace("lm_head.", head): x for name, x in more.items()}
     _, weights, notes = weights_from_hf(write_hf(tmp_path / "mm", config, more, prefix, wrapped=True), "float32", ops)
-    assert sorted(note.split(" tensors")[0] for note in notes) == ["1 vision", "2 multi-token prediction"]
+    assert sorted(note.split(" tensor")[0] for note in notes) == ["1 vision", "2 multi-token prediction"]
     for name in want:
         np.testing.assert_array_equal(weights[name], want[name])
 
@@ -265,8 +317,11 @@ def test_hf_embeddings_are_tied_only_when_the_head_is_absent_or_a_copy(tmp_path)
     config = small_config(tied=True)
     hf = random_hf_tensors(config)
     copy, other = hf["model.embed_tokens.weight"], hf["model.embed_tokens.weight"] + 1
-    for name, head, tied in (("absent", {}, True), ("copy", {"lm_head.weight": copy}, True),
-                             ("other", {"lm_head.weight": other}, False)):
+    for name, head, tied in (
+        ("absent", {}, True),
+        ("copy", {"lm_head.weight": copy}, True),
+        ("other", {"lm_head.weight": other}, False),
+    ):
         loaded, weights, _ = weights_from_hf(write_hf(tmp_path / name, config, hf | head), "float32", ops)
         assert loaded.tie_word_embeddings == tied and ("output.weight" in weights) == (not tied)
     with pytest.raises(InputError, match="1 missing: lm_head.weight"):
@@ -281,8 +336,11 @@ def test_hf_problems_are_listed_under_hf_names(tmp_path):
     hf["model.layers.3.linear_attn.conv1d.weight"] = hf["model.layers.3.linear_attn.conv1d.weight"][:, 0].copy()
     with pytest.raises(InputError) as error:
         weights_from_hf(write_hf(tmp_path / "hf", config, hf), "float32", ops)
-    for part in ("1 missing: model.layers.0.linear_attn.A_log", "1 unexpected: model.layers.1.linear_attn.A_log",
-                 "model.layers.3.linear_attn.conv1d.weight is (62, 4), not (62, 1, 4)"):
+    for part in (
+        "1 missing: model.layers.0.linear_attn.A_log",
+        "1 unexpected: model.layers.1.linear_attn.A_log",
+        "model.layers.3.linear_attn.conv1d.weight is (62, 4), not (62, 1, 4)",
+    ):
         assert part in str(error.value)
 
 
@@ -296,8 +354,9 @@ def test_shards_are_one_model(tmp_path):
     for shard, held in shards.items():
         save_file({name: hf[name] for name in held}, directory / shard)
     (directory / "model.safetensors").unlink()
-    (directory / "model.safetensors.index.json").write_text(json.dumps(
-        {"weight_map": {name: shard for shard, held in shards.items() for name in held}}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {name: shard for shard, held in shards.items() for name in held}})
+    )
     _, weights, _ = weights_from_hf(directory, "float32", ops)
     for name in want:
         np.testing.assert_array_equal(weights[name], want[name])

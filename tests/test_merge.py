@@ -1,8 +1,8 @@
 """Merged models compared with PEFT's logits, plain NumPy sums, llama-quantize's types and the bytes of the base."""
+
 import json
 import tracemalloc
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from deltanet_ref.formats.gguf import read_gguf, write_gguf
 from deltanet_ref.lora.merge import merge
 from deltanet_ref.model.convert import open_base, write_base
 from tests.paths import FIXTURES
-from tests.test_adapter import random_adapter, small_model
+from tests.test_adapter import model_of, random_adapter, small_model
 from tests.test_convert import stored
 from tests.test_load import random_tensors, small_config, write_model
 from tests.test_ops_backward import ONE
@@ -56,15 +56,21 @@ def test_an_hf_directory_is_merged_in_its_own_order_and_the_rest_is_copied(model
     """W + alpha / r B A with the PEFT directory's own factors, in HF's order: no head is permuted."""
     source = FIXTURES / model / "hf"
     merge(source, [(FIXTURES / model / "lora", 0.5)], tmp_path / "hf")
-    before, after, lora = (load_file(path) for path in (source / "model.safetensors", tmp_path / "hf/model.safetensors",
-                                                       FIXTURES / model / "lora" / "adapter_model.safetensors"))
+    before, after, lora = (
+        load_file(path)
+        for path in (
+            source / "model.safetensors",
+            tmp_path / "hf/model.safetensors",
+            FIXTURES / model / "lora" / "adapter_model.safetensors",
+        )
+    )
     changed = 0
     for name, w in before.items():
         key = f"base_model.model.{name.removesuffix('.weight')}"
         if f"{key}.lora_A.weight" in lora:
             a, b = (lora[f"{key}.lora_{factor}.weight"].astype(np.float64) for factor in "AB")
             w, changed = (w + 0.5 * 8 / 4 * (b @ a)).astype(np.float32), changed + 1
-            assert_within(name, after[name], w, 2 * STORED["float32"] * np.abs(w))         # one unit of float32
+            assert_within(name, after[name], w, 2 * STORED["float32"] * np.abs(w))  # one unit of float32
         else:
             assert after[name].tobytes() == w.tobytes(), name
     assert changed == 31
@@ -75,8 +81,10 @@ def test_an_hf_directory_is_merged_in_its_own_order_and_the_rest_is_copied(model
 def test_several_adapters_add_up(tmp_path):
     model = small_model("float64")
     write_model(tmp_path / "base.gguf", model.config, random_tensors(model.config))
-    adapters = [random_adapter(model, seed=1, rank=3, alpha=2, targets="attn_qkv,ffn_up"),
-                random_adapter(model, seed=2, rank=2, alpha=5, targets="ffn_up,ssm_out")]
+    adapters = [
+        random_adapter(model, seed=1, rank=3, alpha=2, targets="attn_qkv,ffn_up"),
+        random_adapter(model, seed=2, rank=2, alpha=5, targets="ffn_up,ssm_out"),
+    ]
     for i, adapter in enumerate(adapters):
         adapter.save_gguf(tmp_path / f"{i}.gguf")
     merge(tmp_path / "base.gguf", [(tmp_path / "0.gguf", 0.7), (tmp_path / "1.gguf", -1.5)], tmp_path / "m.gguf")
@@ -102,7 +110,8 @@ def test_what_no_adapter_changes_is_copied_byte_for_byte(tmp_path):
     before, after = stored(tmp_path / "base.gguf"), stored(tmp_path / "m.gguf")
     assert list(before) == list(after)
     assert {name for name in before if before[name] != after[name]} == {
-        f"blk.{i}.ffn_up.weight" for i in range(config.num_hidden_layers)}
+        f"blk.{i}.ffn_up.weight" for i in range(config.num_hidden_layers)
+    }
     ours = read_gguf(tmp_path / "m.gguf").metadata
     assert ours.keys() == file.metadata.keys() and ours["general.name"] == "mine"
 
@@ -116,7 +125,7 @@ def test_q4_k_m_chooses_the_types_of_llama_quantize(tmp_path):
 
 
 def test_rows_that_are_no_whole_blocks_fall_back_as_llama_quantize_does(tmp_path):
-    config = small_config()         # rows of 20, 28 and 40: no type has blocks for them; 64 in the fixture
+    config = small_config()  # rows of 20, 28 and 40: no type has blocks for them; 64 in the fixture
     write_model(tmp_path / "base.gguf", config, random_tensors(config))
     write_base(open_base(tmp_path / "base.gguf"), tmp_path / "a.gguf", "q4_k_m")
     assert {t.type for t in read_gguf(tmp_path / "a.gguf").tensors.values()} == {Type.F32, Type.F16}
@@ -151,14 +160,17 @@ def test_the_reported_errors_are_those_of_the_file(tmp_path, capsys):
     source, adapter = FIXTURES / "grouped" / "grouped-q8_0.gguf", FIXTURES / "grouped" / "lora"
     losses = merge(source, [(adapter, 1.0)], quantised)
     assert not merge(source, [(adapter, 1.0)], exact, "f32")
-    before, meant, after = ({t.name: gguf_quants.dequantize(t.data, t.tensor_type) for t in GGUFReader(path).tensors}
-                            for path in (source, exact, quantised))
+    before, meant, after = (
+        {t.name: gguf_quants.dequantize(t.data, t.tensor_type) for t in GGUFReader(path).tensors}
+        for path in (source, exact, quantised)
+    )
     assert len(losses) == 31 and all(loss.type == Type.Q8_0 for loss in losses)
     for loss in losses:
         assert loss.error == pytest.approx(relative(after[loss.name], meant[loss.name]), rel=1e-4)
         assert loss.change == pytest.approx(relative(meant[loss.name], before[loss.name]), rel=1e-4)
-    assert main(["merge", str(source), "--adapter", str(adapter), "--type", "Q8_0", "-o",
-                 str(tmp_path / "cli.gguf")]) == 0
+    assert (
+        main(["merge", str(source), "--adapter", str(adapter), "--type", "Q8_0", "-o", str(tmp_path / "cli.gguf")]) == 0
+    )
     out = capsys.readouterr().out
     assert all(f"{loss.name:32} Q8_0  {loss.error:9.2e} {loss.change:9.2e}" in out for loss in losses)
     assert (tmp_path / "cli.gguf").read_bytes() == quantised.read_bytes()
@@ -170,7 +182,7 @@ def test_the_peak_memory_is_a_few_tensors(tmp_path):
     tensors = random_tensors(config)
     write_gguf(tmp_path / "base.gguf", config.to_gguf_metadata(), tensors)
     size, largest = sum(x.nbytes for x in tensors.values()), max(x.nbytes for x in tensors.values())
-    adapter = random_adapter(SimpleNamespace(config=config, dtype=np.dtype("float32")), rank=1)
+    adapter = random_adapter(model_of(config), rank=1)
     adapter.save_gguf(tmp_path / "a.gguf")
     del tensors, adapter
     for output, choice in (("m.gguf", None), ("m-f16.gguf", "f16"), ("hf", "bf16")):
@@ -178,10 +190,11 @@ def test_the_peak_memory_is_a_few_tensors(tmp_path):
         merge(tmp_path / "base.gguf", [(tmp_path / "a.gguf", 1.0)], tmp_path / output, choice)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 10 * largest < size / 3, (output, peak, largest, size)     # float64 sums, and the adapter itself
+        assert peak < 10 * largest < size / 3, (output, peak, largest, size)  # float64 sums, and the adapter itself
 
 
 # ---- what is refused
+
 
 def iq4_base(path):
     """A model with one tensor of a type that cannot be written."""
@@ -190,7 +203,7 @@ def iq4_base(path):
     shape = tensors["blk.0.ffn_up.weight"].shape
     tensors["blk.0.ffn_up.weight"] = np.zeros(shape[0] * 136, np.uint8), Type.IQ4_XS, shape
     write_gguf(path, config.to_gguf_metadata(), tensors)
-    return SimpleNamespace(config=config, dtype=np.dtype("float32"))
+    return model_of(config)
 
 
 def test_a_changed_tensor_of_a_type_that_is_not_written_is_refused_before_anything_is(tmp_path):
@@ -200,7 +213,7 @@ def test_a_changed_tensor_of_a_type_that_is_not_written_is_refused_before_anythi
     with pytest.raises(InputError, match="blk.0.ffn_up.weight IQ4_XS; choose another: f32"):
         merge(tmp_path / "base.gguf", [(tmp_path / "a.gguf", 1.0)], tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
-    merge(tmp_path / "base.gguf", [(tmp_path / "b.gguf", 1.0)], tmp_path / "m.gguf")         # another tensor: copied
+    merge(tmp_path / "base.gguf", [(tmp_path / "b.gguf", 1.0)], tmp_path / "m.gguf")  # another tensor: copied
     assert stored(tmp_path / "m.gguf")["blk.0.ffn_up.weight"] == stored(tmp_path / "base.gguf")["blk.0.ffn_up.weight"]
     merge(tmp_path / "base.gguf", [(tmp_path / "a.gguf", 1.0)], tmp_path / "q.gguf", "q8_0")
 
@@ -214,14 +227,17 @@ def test_an_activated_lora_is_not_merged(tmp_path):
         merge(tmp_path / "base.gguf", [(tmp_path / "a.gguf", 1.0)], tmp_path / "m.gguf")
 
 
-@pytest.mark.parametrize("arguments, match", [
-    (["--adapter", "eq/lora.gguf", "-o", "hf", "--type", "q8_0"], "ends in .gguf"),
-    (["--adapter", "grouped/lora.gguf", "-o", "a.gguf"], "misshapen"),
-    (["--adapter", "eq/lora.gguf=much", "-o", "a.gguf"], "is not a finite number"),
-    (["--adapter", "eq/eq-f32.gguf", "-o", "a.gguf"], "general.type is 'model'"),
-    (["--adapter", "eq/lora.gguf", "-o", "a.gguf", "--type", "q3_k"], "invalid choice"),
-    (["-o", "a.gguf"], "--adapter"),
-])
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        (["--adapter", "eq/lora.gguf", "-o", "hf", "--type", "q8_0"], "ends in .gguf"),
+        (["--adapter", "grouped/lora.gguf", "-o", "a.gguf"], "misshapen"),
+        (["--adapter", "eq/lora.gguf=much", "-o", "a.gguf"], "is not a finite number"),
+        (["--adapter", "eq/eq-f32.gguf", "-o", "a.gguf"], "general.type is 'model'"),
+        (["--adapter", "eq/lora.gguf", "-o", "a.gguf", "--type", "q3_k"], "invalid choice"),
+        (["-o", "a.gguf"], "--adapter"),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(arguments, match, tmp_path, capsys):
     places = [str(FIXTURES / a) if "/" in a else str(tmp_path / a) if a in ("a.gguf", "hf") else a for a in arguments]
     assert main(["merge", str(base("eq")), *places]) == 2

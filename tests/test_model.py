@@ -1,4 +1,5 @@
 """The whole model against HF in float64 (committed numbers), and against itself where a claim relates two runs."""
+
 import json
 from collections import Counter
 from importlib import import_module
@@ -105,7 +106,7 @@ def test_right_padding_changes_nothing(backend, name, source, dtype):
         assert_close(f"logits of row {row}", logits[row, :n], gold["b2/logits"][row, :n], tolerance)
         assert not logits[row, n:].any()
     assert abs(model.loss(ids, labels, lengths=lengths) / float(gold["b2/loss"]) - 1) < loss_tolerance
-    poisoned = np.where(labels == -100, 10 ** 6, ids)                  # not even read: no such token exists
+    poisoned = np.where(labels == -100, 10**6, ids)  # not even read: no such token exists
     loss, grads = model.loss_and_grads(poisoned, np.where(labels == -100, 7, labels), lengths=lengths)
     clean_loss, clean = model.loss_and_grads(ids, labels, lengths=lengths)
     assert loss == clean_loss
@@ -145,7 +146,7 @@ def test_gradients_of_an_adapter_equal_peft(backend, name, source, tolerance):
     by_hf_name = {spec.hf_name: spec for spec in expected_tensors(model.config).values()}
     compared = 0
     for case in sorted({key.split("/")[0] for key in gold.files}):
-        batch, lengths = (padded_batch(golden(name))[::2] if case == "b2" else (tokens(name, case), None))
+        batch, lengths = padded_batch(golden(name))[::2] if case == "b2" else (tokens(name, case), None)
         labels = padded_batch(golden(name))[1] if case == "b2" else batch
         _, grads = model.loss_and_grads(batch, labels, lengths=lengths, wrt="lora")
         for key in gold.files:
@@ -200,7 +201,7 @@ def test_greedy_continuations_equal_llama_cpp(backend, name):
         state = None
         logits, state = model.prefill(tokens(name, case)[0])
         for token, margin in zip(theirs["tokens"], theirs["margin"]):
-            if margin < 1e-3:                                          # a tie at the precision of either side
+            if margin < 1e-3:  # a tie at the precision of either side
                 break
             assert int(logits.argmax()) == token, case
             logits, state = model.step(token, state)
@@ -221,7 +222,7 @@ def test_prefill_then_steps_equals_the_full_forward(backend, name, split):
     for t in range(split, min(split + 9, 199)):
         logits, state = model.step(ids[t], state)
         assert_close(f"logits of token {t}", logits, full[t], SAME)
-    logits, state = model.prefill(ids[state.position:], state)
+    logits, state = model.prefill(ids[state.position :], state)
     assert_close("logits of the last token", logits, full[-1], SAME)
 
 
@@ -253,7 +254,7 @@ def test_packed_sequences_equal_separate_runs(name):
     logits = model.logits(ids, cu_seqlens=cu)
     total, count, summed = 0.0, 0, {tensor: 0.0 for tensor in grads}
     for a, b in zip(cu, cu[1:]):
-        kept = int((labels[0, a + 1:b] != -100).sum())
+        kept = int((labels[0, a + 1 : b] != -100).sum())
         one, its_grads = model.loss_and_grads(ids[:, a:b], labels[:, a:b])
         assert_close(f"logits of tokens {a} .. {b}", logits[:, a:b], model.logits(ids[:, a:b]), SAME)
         total, count = total + kept * one, count + kept
@@ -292,6 +293,7 @@ def test_the_head_in_blocks_of_the_vocabulary_gives_the_same_loss_and_gradients(
 
 
 # ---- adapters on the model
+
 
 def random_adapter(model, targets=None, seed=3):
     adapter = dr.new_adapter(model, rank=3, alpha=5, targets=targets, seed=seed)
@@ -334,8 +336,9 @@ def test_gradients_are_those_of_the_trainable_adapter_with_the_others_in_place()
     assert abs((losses[0] - losses[1]) / (2 * h) / slope - 1) < 1e-6
 
 
-@pytest.mark.parametrize("targets", [["ssm_alpha"], ["ffn_down"], ["attn_k"], ["blk.2.ffn_gate.weight"],
-                                     ["blk.3.attn_output.weight"]])
+@pytest.mark.parametrize(
+    "targets", [["ssm_alpha"], ["ffn_down"], ["attn_k"], ["blk.2.ffn_gate.weight"], ["blk.3.attn_output.weight"]]
+)
 def test_an_adapter_on_a_few_tensors_gets_the_gradients_of_one_on_all(targets):
     """Backward ends at the lowest adapted block: what is left out must not change what is kept."""
     model, ids = dr.load_model(gguf("grouped"), dtype="float64"), tokens("grouped", "t65")
@@ -356,30 +359,38 @@ def test_backward_of_lora_touches_nothing_below_the_lowest_adapted_block(monkeyp
     model, ids = dr.load_model(gguf("grouped")), tokens("grouped", "t65")
     model.attach(random_adapter(model, ["blk.2.ffn_up.weight"]))
     visited = []
-    linear = import_module("deltanet_ref.backends.numba_cpu.linear")       # what lora_backward multiplies with
-    for module, op in [(module, f"linear_backward_{to}") for module in (model.backend, linear) for to in ("input", "weight")
-                       ] + [(model.backend, "gated_delta_rule_backward"), (model.backend, "embedding_backward")]:
+    linear = import_module("deltanet_ref.backends.numba_cpu.linear")  # what lora_backward multiplies with
+    for module, op in [
+        (module, f"linear_backward_{to}") for module in (model.backend, linear) for to in ("input", "weight")
+    ] + [(model.backend, "gated_delta_rule_backward"), (model.backend, "embedding_backward")]:
+
         def counted(*args, _op=op, _original=getattr(module, op), **options):
             visited.append(_op)
             return _original(*args, **options)
+
         monkeypatch.setattr(module, op, counted)
     model.loss_and_grads(ids, ids, wrt="lora")
-    # block 3 (attention): 4 projections and 3 of the mlp; block 2: ffn_down, then db, da of ffn_up and what leads there
-    assert Counter(visited) == {"linear_backward_input": 7 + 1 + 1, "linear_backward_weight": 2}
+    # the head: softmax times its rows; block 3 (attention): 4 projections and 3 of the feed-forward; block 2: ffn_down,
+    # then db, da of ffn_up and what leads there
+    assert Counter(visited) == {"linear_backward_input": 1 + 7 + 1 + 1, "linear_backward_weight": 2}
 
 
 # ---- less memory between forward and backward
+
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 @pytest.mark.parametrize("wrt", ["all", "lora"])
 def test_what_is_kept_for_the_backward_does_not_change_a_bit(backend, wrt):
     model = dr.load_model(gguf("grouped"), backend=backend)
     for seed in (1, 2):
-        model.attach(random_adapter(model, ["ffn_up", "ffn_down", "attn_qkv", "ssm_beta", "attn_q"][seed:], seed=seed),
-                     trainable=seed == 2)
+        model.attach(
+            random_adapter(model, ["ffn_up", "ffn_down", "attn_qkv", "ssm_beta", "attn_q"][seed:], seed=seed),
+            trainable=seed == 2,
+        )
     ids = np.random.default_rng(0).integers(0, 440, (1, 93))
-    (loss, grads), *others = (model.loss_and_grads(ids, ids, cu_seqlens=[0, 1, 6, 93], wrt=wrt, keep=keep)
-                              for keep in KEEP)
+    (loss, grads), *others = (
+        model.loss_and_grads(ids, ids, cu_seqlens=[0, 1, 6, 93], wrt=wrt, keep=keep) for keep in KEEP
+    )
     for other_loss, other in others:
         assert other_loss == loss and other.keys() == grads.keys()
         for name in grads:
@@ -405,13 +416,20 @@ def test_kept_are_the_numbers_that_the_table_counts(name):
         if c.layer_types[layer.index] == "full_attention":
             mixer = 2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) + 3 * 4
         else:
-            mixer = (2 * c.linear_num_key_heads * c.linear_key_head_dim
-                     + 2 * c.linear_num_value_heads * (c.linear_value_head_dim + 1) + 3 * 5)
+            mixer = (
+                2 * c.linear_num_key_heads * c.linear_key_head_dim
+                + 2 * c.linear_num_value_heads * (c.linear_value_head_dim + 1)
+                + 3 * 5
+            )
         counts = {"inputs": c.hidden_size, "products": 2 * c.hidden_size + mixer + 2 * c.intermediate_size + 3 * 3}
         for keep, count in counts.items():
             kept = block_forward_keeping(keep, x, layer, **options)[1]
-            held = {id(array): array for array in arrays_in((kept.x, [(results or [], cache.lora.h)
-                                                                      for results, cache in kept.products.values()]))}
+            held = {
+                id(array): array
+                for array in arrays_in(
+                    (kept.x, [(results or [], cache.lora.h) for results, cache in kept.products.values()])
+                )
+            }
             assert sum(array.size for array in held.values()) == count * L, (layer.index, keep)
 
 
@@ -425,26 +443,28 @@ def test_with_products_kept_no_product_with_a_weight_is_computed_twice(monkeypat
         model.loss_and_grads(ids, ids, keep=keep)
         counts[keep] = len(products)
     assert counts["products"] == counts["everything"] == 3 * 8 + 7
-    assert counts["inputs"] == 2 * counts["everything"] - len(model.layers)            # ffn_down's is not needed
+    assert counts["inputs"] == 2 * counts["everything"] - len(model.layers)  # ffn_down's is not needed
 
 
 # ---- requests that make no sense
+
 
 def test_bad_requests_are_refused_with_the_remedy():
     model = dr.load_model(gguf("eq"))
     ids = tokens("eq", "t7")
     for call, message in [
-            (lambda: model.logits(ids + 480), "outside the vocabulary of 480"),
-            (lambda: model.logits(ids[0]), "shape .B, L."),
-            (lambda: model.logits(ids, lengths=[8]), "from 0 to 7"),
-            (lambda: model.logits(ids, lengths=[3], cu_seqlens=[0, 7]), "not both"),
-            (lambda: model.loss(ids, ids[:, :3]), "aligned"),
-            (lambda: model.loss_and_grads(ids, ids, wrt="lora"), "0 are attached"),
-            (lambda: model.loss_and_grads(ids, ids, wrt="base"), "'all'"),
-            (lambda: model.loss_and_grads(ids, ids, keep="all"), "'everything', 'products', 'inputs'"),
-            (lambda: model.detach("x"), "attached: none"),
-            (lambda: model.attach(random_adapter(dr.load_model(gguf("grouped")))), "made for another base"),
-            (lambda: dr.load_model(gguf("eq"), backend="cuda"), "not in this version"),
-            (lambda: dr.load_model(gguf("eq"), dtype="bfloat16"), "float32")]:
+        (lambda: model.logits(ids + 480), "outside the vocabulary of 480"),
+        (lambda: model.logits(ids[0]), "shape .B, L."),
+        (lambda: model.logits(ids, lengths=[8]), "from 0 to 7"),
+        (lambda: model.logits(ids, lengths=[3], cu_seqlens=[0, 7]), "not both"),
+        (lambda: model.loss(ids, ids[:, :3]), "aligned"),
+        (lambda: model.loss_and_grads(ids, ids, wrt="lora"), "0 are attached"),
+        (lambda: model.loss_and_grads(ids, ids, wrt="base"), "'all'"),
+        (lambda: model.loss_and_grads(ids, ids, keep="all"), "'everything', 'products', 'inputs'"),
+        (lambda: model.detach("x"), "attached: none"),
+        (lambda: model.attach(random_adapter(dr.load_model(gguf("grouped")))), "made for another base"),
+        (lambda: dr.load_model(gguf("eq"), backend="cuda"), "not in this version"),
+        (lambda: dr.load_model(gguf("eq"), dtype="bfloat16"), "float32"),
+    ]:
         with pytest.raises(dr.InputError, match=message):
             call()

@@ -1,4 +1,5 @@
 """Stored tensors on the numba backend: decoded against ggml and the gguf package, multiplied against float64."""
+
 import os
 import subprocess
 import sys
@@ -12,8 +13,7 @@ from gguf import GGMLQuantizationType as Type
 
 import deltanet_ref as dr
 from deltanet_ref.backends import numba_cpu as nb
-from deltanet_ref.backends.numba_cpu import threads as kernel_threads
-from deltanet_ref.backends.numba_cpu import quants as stored
+from deltanet_ref.backends.numba_cpu import quants as stored, threads as kernel_threads
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
 from deltanet_ref.formats.gguf import GGUFTensor, read_gguf
@@ -39,7 +39,10 @@ def random_tensor(kind, rows, width, seed=0):
     for field in {"d", "m"} & set(layout.block.names):
         blocks[field] = rng.uniform(-0.02, 0.02, len(blocks)).astype(np.float16).view(np.uint16)
     numbers = rng.standard_normal((len(blocks), layout.values), np.float32)
-    for field, plain in {"half": numbers.astype(np.float16).view(np.uint16), "upper": numbers.view(np.uint32) >> 16}.items():
+    for field, plain in {
+        "half": numbers.astype(np.float16).view(np.uint16),
+        "upper": numbers.view(np.uint32) >> 16,
+    }.items():
         if field in layout.block.names:
             blocks[field] = plain
     return GGUFTensor("w", (rows, width), kind, blocks.view(np.uint8))
@@ -50,6 +53,7 @@ def gguf_values(tensor):
 
 
 # ---- decoding
+
 
 @every_type
 def test_every_type_decodes_as_in_the_gguf_package_bit_for_bit(kind):
@@ -76,7 +80,10 @@ def test_every_float16_becomes_the_same_float32():
     assert np.array_equal(bits(found[number]), bits(expected[number])) and np.isnan(found[~number]).all()
 
 
-@pytest.mark.parametrize("kind, width", [(Type.TQ2_0, 256), (Type.IQ2_S, 512), (Type.F64, 64), (Type.F32, 64), (Type.F16, 33), (Type.BF16, 5)])
+@pytest.mark.parametrize(
+    "kind, width",
+    [(Type.TQ2_0, 256), (Type.IQ2_S, 512), (Type.F64, 64), (Type.F32, 64), (Type.F16, 33), (Type.BF16, 5)],
+)
 def test_other_types_and_odd_rows_are_left_to_the_gguf_package(kind, width):
     assert not nb.decodes(kind, (3, width))
     raw = np.random.default_rng(1).integers(0, 60, quants.stored_bytes(kind, (3, width)), np.uint8)
@@ -107,6 +114,7 @@ def test_a_processor_that_cannot_convert_or_shuffle_decodes_the_same_bits(tmp_pa
 
 # ---- products
 
+
 def products(tensors, x):
     return nb.stored_linear_forward(x, tensors)
 
@@ -114,10 +122,11 @@ def products(tensors, x):
 @every_type
 @pytest.mark.parametrize("rows", [1, 3, nb.FEW, nb.FEW + 1])
 def test_products_equal_those_with_the_decoded_values_in_float64(kind, rows):
-    """Each entry to 4 units of the last place of the sum of absolute terms; measured: 0.6 and, backward, 2.8 at most."""
+    """Each entry to 4 units of the last place of the sum of absolute terms; measured: 0.6 and, backward, 2.8 at
+    most."""
     tensor = random_tensor(kind, 37, 1280)
     x = np.random.default_rng(rows).standard_normal((1, rows, 1280), np.float32)
-    y, = products([tensor], x)
+    (y,) = products([tensor], x)
     w, wide = gguf_values(tensor).astype(np.float64), x.astype(np.float64)
     assert y.shape == (1, rows, 37) and y.dtype == np.float32
     assert (np.abs(y - wide @ w.T) <= 4 * np.finfo(np.float32).eps * (np.abs(wide) @ np.abs(w).T)).all()
@@ -153,8 +162,11 @@ def test_an_outlier_among_the_inputs_costs_the_others_no_more_than_in_float32():
 
 def test_a_product_that_does_not_fit_is_refused():
     tensor = random_tensor(Type.Q4_K, 3, 256)
-    for call in (lambda: products([tensor], np.ones((2, 512), np.float32)), lambda: products([tensor], np.ones((2, 256))),
-                 lambda: nb.stored_linear_backward_input(np.ones((2, 256), np.float32), tensor)):
+    for call in (
+        lambda: products([tensor], np.ones((2, 512), np.float32)),
+        lambda: products([tensor], np.ones((2, 256))),
+        lambda: nb.stored_linear_backward_input(np.ones((2, 256), np.float32), tensor),
+    ):
         with pytest.raises(InputError, match="must be float32 with (256|3) features"):
             call()
 
@@ -179,9 +191,15 @@ def test_a_tensor_larger_than_a_panel_is_multiplied_panel_by_panel(monkeypatch):
     x, dy = (rng.standard_normal((nb.FEW + 1, n), np.float32) for n in (512, 70))
     whole = products([tensor], x)[0], nb.stored_linear_backward_input(dy, tensor)
     monkeypatch.setattr(stored, "PANEL_BYTES", 4 * 512 * 16)
-    assert [(part.start, part.stop) for part, _ in stored.panels(tensor)] == [(0, 16), (16, 32), (32, 48), (48, 64), (64, 70)]
+    assert [(part.start, part.stop) for part, _ in stored.panels(tensor)] == [
+        (0, 16),
+        (16, 32),
+        (32, 48),
+        (48, 64),
+        (64, 70),
+    ]
     for found, expected in zip((products([tensor], x)[0], nb.stored_linear_backward_input(dy, tensor)), whole):
-        assert relative(found, expected) < 5e-7            # either one is within 2.5e-7 of the exact product
+        assert relative(found, expected) < 5e-7  # either one is within 2.5e-7 of the exact product
 
 
 def test_one_buffer_serves_all_products_and_each_thread_has_its_own(monkeypatch):
@@ -198,6 +216,7 @@ def test_one_buffer_serves_all_products_and_each_thread_has_its_own(monkeypatch)
 
 # ---- the weights of a model
 
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("mode", ["mapped", "expanded", "auto"])
 def test_a_quantised_model_equals_hf_on_the_decoded_values_token_by_token_too(name, mode):
@@ -210,7 +229,7 @@ def test_a_quantised_model_equals_hf_on_the_decoded_values_token_by_token_too(na
     for t in range(20, 33):
         assert relative(logits, exact[t - 1]) < 2e-5, t
         logits, state = model.step(tokens[t], state)
-    logits, _ = model.prefill(np.stack([tokens, tokens[::-1]])[:, :3])                 # two sequences, 6 rows
+    logits, _ = model.prefill(np.stack([tokens, tokens[::-1]])[:, :3])  # two sequences, 6 rows
     assert relative(logits[0], exact[2]) < 2e-5
 
 
@@ -223,10 +242,10 @@ def test_modes_keep_what_they_say(backend, monkeypatch):
         weights = weights_from_gguf(file, "float32", dr.get_backend(backend), mode)[1]
         return weights[name] is weights[name]
 
-    assert kept("mapped", "blk.0.ssm_norm.weight")                                     # float32 in the file: its map
+    assert kept("mapped", "blk.0.ssm_norm.weight")  # float32 in the file: its map
     assert not kept("mapped") and kept("expanded")
     assert kept("auto") == (backend == "numpy")
-    monkeypatch.setattr("deltanet_ref.model.weights.available_memory", lambda: 10 ** 6)
+    monkeypatch.setattr("deltanet_ref.model.weights.available_memory", lambda: 10**6)
     assert not kept("auto") and kept("expanded")
     with pytest.raises(InputError, match="'auto', 'mapped', 'expanded'"):
         kept("lazy")
@@ -238,7 +257,7 @@ def test_mapped_weights_leave_one_panel_behind_and_stay_as_they_are(monkeypatch)
     model.attach(dr.new_adapter(model, rank=3, seed=1))
     tokens = np.arange(30)[None]
     loss, _ = model.loss_and_grads(tokens, tokens, wrt="lora")
-    assert [buffer.size for buffer in stored._free_buffers] == [512 * 256]             # the largest linear map
+    assert [buffer.size for buffer in stored._free_buffers] == [512 * 256]  # the largest linear map
     expanded = dr.load_model(MODELS["Q4_K_M"], backend="numba", weights="expanded")
     assert abs(expanded.loss(tokens, tokens) / loss - 1) < 1e-6
 

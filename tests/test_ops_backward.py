@@ -1,4 +1,5 @@
 """What every operation owes: the right gradient, in the dtype that came in, as exact as that dtype allows."""
+
 import numpy as np
 import pytest
 
@@ -28,6 +29,7 @@ def test_backward_is_the_complex_step_derivative_of_forward(case):
     assert len(found) == len(case.arguments)
     expected = []
     for position, argument in enumerate(case.arguments):
+
         def projected(stepped):
             arguments = [x.astype(np.complex128) for x in case.arguments]
             arguments[position] = stepped
@@ -35,7 +37,7 @@ def test_backward_is_the_complex_step_derivative_of_forward(case):
 
         expected.append(complex_step_gradient(projected, argument))
     floors = floors_of(case, case.arguments, gradients, np.float64)
-    assert_within_floors(case.results[len(outputs):], found, expected, floors[len(outputs):], BOTH)
+    assert_within_floors(case.results[len(outputs) :], found, expected, floors[len(outputs) :], BOTH)
 
 
 @every_operation
@@ -57,6 +59,7 @@ def test_float32_loses_no_more_than_rounding_its_arguments_would(case):
 @every_operation
 def test_strided_arguments_give_the_same_as_contiguous_ones(case):
     """Up to another order of summation."""
+
     def strided(x):
         wide = np.full((*x.shape[:-1], 2 * x.shape[-1]), np.nan)
         wide[..., ::2] = x
@@ -83,5 +86,5 @@ def test_backward_twice_gives_the_same_so_the_cache_is_not_spent(case):
     gradients = incoming(case)
     outputs, cache = case.forward(*case.arguments)
     first, second = case.backward(*gradients, cache), case.backward(*gradients, cache)
-    for name, x, y in zip(case.results[len(outputs):], first, second, strict=True):
+    for name, x, y in zip(case.results[len(outputs) :], first, second, strict=True):
         assert_identical(name, x, y)

@@ -1,4 +1,5 @@
 """The causal convolution against scipy's linear filter, and its memory: state, splits, packed sequences."""
+
 import numpy as np
 import pytest
 from scipy.signal import lfilter, lfiltic
@@ -13,7 +14,7 @@ K = 4
 W = RNG.standard_normal((7, K))
 # Sums of up to 2 x 9 products of normal numbers (below 4 here) and of SiLU or its derivative (below 1.1): on both sides
 SUMS = rounding(2 * 18) * 18 * 4 * 4 * 1.1
-CU = np.array([0, 1, 3, 3, 6, 11])                         # lengths 1, 2, 0, 3, 5 for a kernel of 4
+CU = np.array([0, 1, 3, 3, 6, 11])  # lengths 1, 2, 0, 3, 5 for a kernel of 4
 
 
 def filtered(x, w, state):
@@ -30,7 +31,7 @@ def test_conv_is_a_linear_filter_of_each_channel_started_from_the_state(L):
     for b, channel in np.ndindex(2, 7):
         expected = filtered(x[b, :, channel], W[channel], state[b, :, channel])
         assert_within(f"y of channel {channel}", y[b, :, channel], expected, SUMS)
-    assert_identical("state_end", state_end, np.concatenate([state, x], 1)[:, -(K - 1):])
+    assert_identical("state_end", state_end, np.concatenate([state, x], 1)[:, -(K - 1) :])
 
 
 def test_no_state_is_a_state_of_zeros():
@@ -70,11 +71,15 @@ def test_packed_sequences_equal_separate_runs_bit_for_bit():
     y, state_end, dx, dw, dstate = packed_run(x, state, dy, dstate_end)
     dw_sum = np.zeros_like(W)
     for n, (start, stop) in enumerate(zip(CU, CU[1:])):
-        y_n, end_n, cache = ops.causal_conv1d_forward(x[:, start:stop], W, state=state[n:n + 1])
-        dx_n, dw_n, dstate_n = ops.causal_conv1d_backward(dy[:, start:stop], dstate_end[n:n + 1], cache)
+        y_n, end_n, cache = ops.causal_conv1d_forward(x[:, start:stop], W, state=state[n : n + 1])
+        dx_n, dw_n, dstate_n = ops.causal_conv1d_backward(dy[:, start:stop], dstate_end[n : n + 1], cache)
         dw_sum += dw_n
-        for name, alone, packed in (("y", y_n, y[:, start:stop]), ("state_end", end_n[0], state_end[n]),
-                                    ("dx", dx_n, dx[:, start:stop]), ("dstate", dstate_n[0], dstate[n])):
+        for name, alone, packed in (
+            ("y", y_n, y[:, start:stop]),
+            ("state_end", end_n[0], state_end[n]),
+            ("dx", dx_n, dx[:, start:stop]),
+            ("dstate", dstate_n[0], dstate[n]),
+        ):
             assert_identical(f"{name} of sequence {n}", packed, alone)
     assert_identical("dw", dw, dw_sum)
 
@@ -91,8 +96,12 @@ def test_a_packed_sequence_does_not_touch_the_others(moved):
     others = np.arange(5) != moved
     elsewhere = np.ones(11, bool)
     elsewhere[tokens] = False
-    for name, result, index in (("y", 0, (0, elsewhere)), ("state_end", 1, others), ("dx", 2, (0, elsewhere)),
-                                ("dstate", 4, others)):
+    for name, result, index in (
+        ("y", 0, (0, elsewhere)),
+        ("state_end", 1, others),
+        ("dx", 2, (0, elsewhere)),
+        ("dstate", 4, others),
+    ):
         assert_identical(f"{name} of the others", after[result][index], before[result][index])
     assert not np.array_equal(before[0][0, tokens], after[0][0, tokens])
 
@@ -107,12 +116,15 @@ def test_without_dstate_end_it_is_zero_and_without_need_dw_no_dw():
     assert_identical("dstate", found[2], dstate)
 
 
-@pytest.mark.parametrize("options, remedy", [
-    ({"w": np.ones((3, K))}, r"w must be \(ch, K\) = \(7, 4\)"),
-    ({"state": np.ones((1, K, 7))}, r"\(N_seq, K-1, ch\) = \(1, 3, 7\)"),
-    ({"state": np.ones((1, 3, 7)), "cu_seqlens": CU}, r"\(5, 3, 7\)"),
-    ({"cu_seqlens": np.array([0, 4, 10])}, "L = 11"),
-])
+@pytest.mark.parametrize(
+    "options, remedy",
+    [
+        ({"w": np.ones((3, K))}, r"w must be \(ch, K\) = \(7, 4\)"),
+        ({"state": np.ones((1, K, 7))}, r"\(N_seq, K-1, ch\) = \(1, 3, 7\)"),
+        ({"state": np.ones((1, 3, 7)), "cu_seqlens": CU}, r"\(5, 3, 7\)"),
+        ({"cu_seqlens": np.array([0, 4, 10])}, "L = 11"),
+    ],
+)
 def test_shapes_that_do_not_fit_are_refused_with_the_remedy(options, remedy):
     with pytest.raises(InputError, match=remedy):
         ops.causal_conv1d_forward(np.ones((1, 11, 7)), options.pop("w", W), **options)

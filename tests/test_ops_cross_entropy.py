@@ -1,5 +1,6 @@
 """Cross-entropy against scipy's logsumexp, with ignored labels and labels that are no labels; with its linear map, in
 one pass over the vocabulary, against the two by themselves."""
+
 import numpy as np
 import pytest
 from scipy.special import logsumexp, softmax
@@ -58,7 +59,7 @@ def test_another_ignore_index_is_obeyed():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_huge_logits_neither_overflow_nor_lose_the_small_differences(dtype):
-    offset = 2.0 ** 15                                      # LOGITS + offset must be exact in float32: steps of 1/64
+    offset = 2.0**15  # LOGITS + offset must be exact in float32: steps of 1/64
     logits = (np.round(LOGITS * 64) / 64).astype(dtype)
     near, cache_near = ops.cross_entropy_forward(logits, LABELS)
     far, cache_far = ops.cross_entropy_forward(logits + dtype(offset), LABELS)
@@ -86,10 +87,9 @@ def test_the_first_label_outside_the_vocabulary_is_named(labels, named):
         ops.cross_entropy_forward(LOGITS[:3], np.array(labels))
 
 
-@pytest.mark.parametrize("labels, options, remedy", [
-    (LABELS[:5], {}, r"must be \(6,\)"),
-    (LABELS, {"count": 0}, "at least 1"),
-])
+@pytest.mark.parametrize(
+    "labels, options, remedy", [(LABELS[:5], {}, r"must be \(6,\)"), (LABELS, {"count": 0}, "at least 1")]
+)
 def test_arguments_that_do_not_fit_are_refused_with_the_remedy(labels, options, remedy):
     with pytest.raises(InputError, match=remedy):
         ops.cross_entropy_forward(LOGITS, labels, **options)
@@ -157,7 +157,10 @@ def test_a_huge_spread_of_logits_between_blocks_gives_the_difference_as_loss(mon
 
 @both_backends
 def test_one_pass_refuses_what_does_not_fit(backend):
-    for arguments, remedy in (((X, W[:, :3], LABELS), "w must be .V, 5."), ((X, W, LABELS[1:]), "must be .6,."),
-                              ((X, W, LABELS + 1), "label 11 at row 0 .*0 .. 10")):
+    for arguments, remedy in (
+        ((X, W[:, :3], LABELS), "w must be .V, 5."),
+        ((X, W, LABELS[1:]), "must be .6,."),
+        ((X, W, LABELS + 1), "label 11 at row 0 .*0 .. 10"),
+    ):
         with pytest.raises(InputError, match=remedy):
             backend.linear_cross_entropy_forward(*arguments)

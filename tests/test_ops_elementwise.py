@@ -1,4 +1,5 @@
 """Sigmoid, SiLU, softplus and the decay gate against mpmath."""
+
 import mpmath
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ EXACT = {
 
 
 def exact(f, points):
-    with mpmath.workdps(9000):                             # exp(1e4) + 1 needs 4343 digits
+    with mpmath.workdps(9000):  # exp(1e4) + 1 needs 4343 digits
         return np.array([float(f(mpmath.mpf(float(x)))) for x in points])
 
 
@@ -35,8 +36,10 @@ def test_elementwise_functions_are_exact_over_the_whole_range(name, dtype):
     assert_within(name, value, expected, ulps * eps * np.abs(expected) + tiny)
 
 
-@pytest.mark.parametrize("name, derivative", [("sigmoid", lambda x: ops.sigmoid(x) * ops.sigmoid(-x)),
-                                              ("silu", ops.silu_derivative), ("softplus", ops.sigmoid)])
+@pytest.mark.parametrize(
+    "name, derivative",
+    [("sigmoid", lambda x: ops.sigmoid(x) * ops.sigmoid(-x)), ("silu", ops.silu_derivative), ("softplus", ops.sigmoid)],
+)
 def test_complex_step_through_the_complex_branch_gives_the_derivative(name, derivative):
     f = getattr(ops, name)
     points = POINTS[abs(POINTS) < 600]
@@ -61,9 +64,11 @@ def test_g_is_minus_exp_A_log_times_softplus_to_the_last_digits_of_float32():
     A_log = np.array([20, 2.7, -3, 0.1, 25], np.float32)
     dt_bias = np.array([0.3, -4.1, 1e-4, 0.77, -9], np.float32)
     g, beta, _ = ops.decay_gate_forward(a, a, A_log, dt_bias)
-    expected = [float(-mpmath.exp(float(A)) * mpmath.log1p(mpmath.exp(mpmath.mpf(float(x)) + float(bias))))
-                for x, A, bias in zip(a[0, 0], A_log, dt_bias)]
-    assert_within("g", g[0, 0], expected, rounding(1, np.float32) * np.abs(expected) + 1e-45)      # one rounding
+    expected = [
+        float(-mpmath.exp(float(A)) * mpmath.log1p(mpmath.exp(mpmath.mpf(float(x)) + float(bias))))
+        for x, A, bias in zip(a[0, 0], A_log, dt_bias)
+    ]
+    assert_within("g", g[0, 0], expected, rounding(1, np.float32) * np.abs(expected) + 1e-45)  # one rounding
     assert_within("beta", beta, ops.sigmoid(a), rounding(4, np.float32) * ops.sigmoid(a))
 
 
@@ -106,17 +111,28 @@ def test_swiglu_is_silu_of_the_gate_times_up_and_its_gradient_too():
     dgate, dup = ops.swiglu_backward(dy, cache)
     slope = exact(EXACT["silu_derivative"], gate.ravel()).reshape(2, 5)
     # sigmoid and two products on both sides, |gate| < 4; SiLU' = s + s (1 - s) gate may cancel
-    for name, value, expected, size in (("y", y, gate * up / (1 + np.exp(-gate)), gate * up),
-                                        ("dup", dup, dy * gate / (1 + np.exp(-gate)), dy * gate),
-                                        ("dgate", dgate, dy * up * slope, dy * up * (1 + np.abs(gate)))):
+    for name, value, expected, size in (
+        ("y", y, gate * up / (1 + np.exp(-gate)), gate * up),
+        ("dup", dup, dy * gate / (1 + np.exp(-gate)), dy * gate),
+        ("dgate", dgate, dy * up * slope, dy * up * (1 + np.abs(gate))),
+    ):
         assert_within(name, value, expected, rounding(2 * (4 + 4)) * np.abs(size))
 
 
-@pytest.mark.parametrize("call, remedy", [
-    (lambda: ops.swiglu_forward(np.ones((2, 3)), np.ones((2, 4))), "must be the same"),
-    (lambda: ops.decay_gate_forward(np.ones((1, 2, 6)), np.ones((1, 2, 6)), np.ones(3), np.ones(6)), "per value head"),
-    (lambda: ops.decay_gate_forward(np.ones((1, 2, 6)), np.ones((1, 2, 3)), np.ones(6), np.ones(6)), "per value head"),
-])
+@pytest.mark.parametrize(
+    "call, remedy",
+    [
+        (lambda: ops.swiglu_forward(np.ones((2, 3)), np.ones((2, 4))), "must be the same"),
+        (
+            lambda: ops.decay_gate_forward(np.ones((1, 2, 6)), np.ones((1, 2, 6)), np.ones(3), np.ones(6)),
+            "per value head",
+        ),
+        (
+            lambda: ops.decay_gate_forward(np.ones((1, 2, 6)), np.ones((1, 2, 3)), np.ones(6), np.ones(6)),
+            "per value head",
+        ),
+    ],
+)
 def test_shapes_that_do_not_fit_are_refused_with_the_remedy(call, remedy):
     with pytest.raises(InputError, match=remedy):
         call()

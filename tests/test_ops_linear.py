@@ -1,4 +1,5 @@
 """Linear, LoRA and embedding against the dense formulas that they abbreviate."""
+
 import numpy as np
 import pytest
 
@@ -34,8 +35,9 @@ def test_lora_is_the_linear_map_of_scale_b_a_and_its_gradients_are_the_dense_one
     abs_x, abs_dy, abs_a, abs_b = (np.abs(m) for m in (X, DY, a, b))
     abs_dw, limit = ops.linear_backward_weight(abs_dy, abs_x), rounding(2 * (7 + 6 + 4 + 1)) * scale
     assert_within("y", y, ops.linear_forward(X, scale * b @ a), limit * ops.linear_forward(abs_x, abs_b @ abs_a))
-    assert_within("dx", dx, ops.linear_backward_input(DY, scale * b @ a),
-                  limit * ops.linear_backward_input(abs_dy, abs_b @ abs_a))
+    assert_within(
+        "dx", dx, ops.linear_backward_input(DY, scale * b @ a), limit * ops.linear_backward_input(abs_dy, abs_b @ abs_a)
+    )
     assert_within("da", da, scale * b.T @ dw, limit * abs_b.T @ abs_dw)
     assert_within("db", db, scale * dw @ a.T, limit * abs_dw @ abs_a.T)
 
@@ -91,7 +93,7 @@ def test_embedding_reads_rows_and_its_gradient_counts_every_use():
     expected, magnitude = np.zeros((2, 8, 5))
     np.add.at(expected, tokens, dx)
     np.add.at(magnitude, tokens, np.abs(dx))
-    assert_within("dw", ops.embedding_backward(dx, tokens, 8), expected, rounding(3) * magnitude)    # up to 3 uses
+    assert_within("dw", ops.embedding_backward(dx, tokens, 8), expected, rounding(3) * magnitude)  # up to 3 uses
 
 
 @pytest.mark.parametrize("tokens, named", [([1, 6, 9], "token 6"), ([2, -1, 7], "token -1")])
@@ -100,13 +102,24 @@ def test_a_token_outside_the_vocabulary_is_named(tokens, named):
         ops.embedding_forward(np.array(tokens), np.ones((6, 2)))
 
 
-@pytest.mark.parametrize("call, remedy", [
-    (lambda: ops.linear_forward(np.ones((2, 3)), np.ones((5, 4))), r"w must be \(out, 3\)"),
-    (lambda: ops.lora_forward([np.ones((2, 7))], np.ones((2, 3)), [Update(0, np.ones((4, 3)), np.ones((7, 5)), 1.0)]),
-     "same rank"),
-    (lambda: ops.lora_forward([np.ones((2, 7))], np.ones((2, 3)), [Update(0, np.ones((4, 5)), np.ones((7, 4)), 1.0)]),
-     r"must be \(out, 3\)"),
-])
+@pytest.mark.parametrize(
+    "call, remedy",
+    [
+        (lambda: ops.linear_forward(np.ones((2, 3)), np.ones((5, 4))), r"w must be \(out, 3\)"),
+        (
+            lambda: ops.lora_forward(
+                [np.ones((2, 7))], np.ones((2, 3)), [Update(0, np.ones((4, 3)), np.ones((7, 5)), 1.0)]
+            ),
+            "same rank",
+        ),
+        (
+            lambda: ops.lora_forward(
+                [np.ones((2, 7))], np.ones((2, 3)), [Update(0, np.ones((4, 5)), np.ones((7, 4)), 1.0)]
+            ),
+            r"must be \(out, 3\)",
+        ),
+    ],
+)
 def test_shapes_that_do_not_fit_are_refused_with_the_remedy(call, remedy):
     with pytest.raises(InputError, match=remedy):
         call()

@@ -1,4 +1,5 @@
 """L2 norm and RMS norm, plain and gated, against their definitions row by row."""
+
 import numpy as np
 import pytest
 
@@ -8,7 +9,7 @@ from tests.tolerances import assert_identical, assert_within, rounding
 
 RNG = np.random.default_rng(2)
 X, Z, W = RNG.standard_normal((2, 3, 5)), RNG.standard_normal((2, 3, 5)), RNG.standard_normal(5)
-A_ROW = rounding(2 * (5 + 5))          # a sum of 5 squares, the root, the quotient, the weight: on both sides
+A_ROW = rounding(2 * (5 + 5))  # a sum of 5 squares, the root, the quotient, the weight: on both sides
 
 
 def test_l2_norm_divides_each_row_by_its_length_with_eps_on_the_sum():
@@ -27,7 +28,7 @@ def test_l2_norm_of_a_zero_row_is_zero_with_slope_one_over_sqrt_eps(dtype):
 
 
 def test_l2_norm_gradient_has_no_part_along_a_long_row():
-    _, cache = ops.l2_norm_forward(1e6 * X)                                # eps is nothing here
+    _, cache = ops.l2_norm_forward(1e6 * X)  # eps is nothing here
     dx = ops.l2_norm_backward(Z, cache)
     radial = (dx * X).sum(-1) / np.linalg.norm(X, axis=-1)
     # dx = (Z - y (y . Z)) / |X|: what is left along the row is the rounding of that difference
@@ -38,22 +39,24 @@ def test_l2_norm_gradient_has_no_part_along_a_long_row():
 def test_rms_norm_divides_by_the_root_of_the_mean_square_and_multiplies_by_w_as_given():
     y, _ = ops.rms_norm_forward(X, W, 0.5)
     for row, normed in zip(X.reshape(-1, 5), y.reshape(-1, 5)):
-        expected = row / np.sqrt(np.mean(row ** 2) + 0.5) * W
+        expected = row / np.sqrt(np.mean(row**2) + 0.5) * W
         assert_within("y", normed, expected, A_ROW * np.abs(expected))
 
 
 def test_gated_rms_norm_norms_first_and_gates_afterwards():
     y, _ = ops.gated_rms_norm_forward(X, Z, W, 1e-6)
     expected = ops.rms_norm_forward(X, W, 1e-6)[0] * Z / (1 + np.exp(-Z))
-    assert_within("y", y, expected, (A_ROW + rounding(2 * 8)) * np.abs(expected))          # and SiLU, |Z| < 4
+    assert_within("y", y, expected, (A_ROW + rounding(2 * 8)) * np.abs(expected))  # and SiLU, |Z| < 4
     rescaled, _ = ops.gated_rms_norm_forward(1e3 * X, Z, W, 0)
     expected = ops.gated_rms_norm_forward(X, Z, W, 0)[0]
     assert_within("y of 1000 x", rescaled, expected, (A_ROW + rounding(2 * 8)) * np.abs(expected))
 
 
 def test_norm_weights_are_left_out_when_not_asked_for():
-    for (_, cache), backward in ((ops.rms_norm_forward(X, W, 1e-6), ops.rms_norm_backward),
-                                 (ops.gated_rms_norm_forward(X, Z, W, 1e-6), ops.gated_rms_norm_backward)):
+    for (_, cache), backward in (
+        (ops.rms_norm_forward(X, W, 1e-6), ops.rms_norm_backward),
+        (ops.gated_rms_norm_forward(X, Z, W, 1e-6), ops.gated_rms_norm_backward),
+    ):
         full, lean = backward(Z, cache), backward(Z, cache, need_dw=False)
         assert lean[-1] is None
         for position, (f, g) in enumerate(zip(full[:-1], lean[:-1])):
@@ -68,11 +71,14 @@ def test_an_eps_of_numpy_type_does_not_widen_float32(eps):
     assert ops.l2_norm_forward(x, eps)[0].dtype == np.float32
 
 
-@pytest.mark.parametrize("call, remedy", [
-    (lambda: ops.rms_norm_forward(X, np.ones(3), 1e-6), r"must be \(5,\)"),
-    (lambda: ops.gated_rms_norm_forward(X, Z, np.ones(1), 1e-6), r"must be \(5,\)"),
-    (lambda: ops.gated_rms_norm_forward(X, Z[:, :1], W, 1e-6), "must be that of x"),
-])
+@pytest.mark.parametrize(
+    "call, remedy",
+    [
+        (lambda: ops.rms_norm_forward(X, np.ones(3), 1e-6), r"must be \(5,\)"),
+        (lambda: ops.gated_rms_norm_forward(X, Z, np.ones(1), 1e-6), r"must be \(5,\)"),
+        (lambda: ops.gated_rms_norm_forward(X, Z[:, :1], W, 1e-6), "must be that of x"),
+    ],
+)
 def test_shapes_that_do_not_fit_are_refused_with_the_remedy(call, remedy):
     with pytest.raises(InputError, match=remedy):
         call()

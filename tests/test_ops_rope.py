@@ -1,4 +1,5 @@
 """Rotary embedding against multiplication of complex numbers and mpmath's angles."""
+
 import mpmath
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ RNG = np.random.default_rng(3)
 POSITIONS = np.array([0, 1, 2, 17, 5])
 X = RNG.standard_normal((2, 5, 3, 11))
 TABLES = ops.rope_tables(POSITIONS, 6, 1e4, dtype=np.float64)
-TURN = rounding(17 + 6) * np.abs(X).max() * 2          # angles of up to 17 are rounded, then two products and a sum
+TURN = rounding(17 + 6) * np.abs(X).max() * 2  # angles of up to 17 are rounded, then two products and a sum
 
 
 def test_rope_multiplies_pairs_by_unit_complex_numbers_and_leaves_the_rest():
@@ -36,7 +37,7 @@ def test_rotated_products_depend_on_the_distance_only():
     # 6 products, and angles of up to 1007 that are rounded
     limit = rounding(1007 + 12) * np.linalg.norm(q) * np.linalg.norm(k)
     assert_within("product", product(13, 6), product(1007, 1000), limit)
-    assert abs(product(13, 6) - product(6, 13)) > 1e-3                     # and on its sign
+    assert abs(product(13, 6) - product(6, 13)) > 1e-3  # and on its sign
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -52,12 +53,15 @@ def test_angles_at_far_positions_are_those_of_float64_arithmetic(dtype):
     assert_within("cos, sin", np.array([cos[0], sin[0]]), np.array(expected), tolerance)
 
 
-@pytest.mark.parametrize("sections, axes", [
-    ((3, 2, 2), "thwthwt"),
-    ((4, 3, 1), "thwthtth"),
-    ((11, 11, 10), "thwthwthwthwthwthwthwthwthwthwth"),
-    ((6, 1, 0), "thttttt"),
-])
+@pytest.mark.parametrize(
+    "sections, axes",
+    [
+        ((3, 2, 2), "thwthwt"),
+        ((4, 3, 1), "thwthtth"),
+        ((11, 11, 10), "thwthwthwthwthwthwthwthwthwthwth"),
+        ((6, 1, 0), "thttttt"),
+    ],
+)
 def test_sections_interleave_the_axes(sections, axes):
     positions = RNG.integers(0, 50, (3, 5))
     cos, sin = ops.rope_tables(positions, 2 * len(axes), 1e4, sections, np.float64)
@@ -73,13 +77,16 @@ def test_text_positions_are_the_same_on_all_three_axes():
     assert_identical("cos, sin", np.array(text), np.array(on_all))
 
 
-@pytest.mark.parametrize("call, remedy", [
-    (lambda: ops.rope_tables(POSITIONS, 7, 1e4), "must be even"),
-    (lambda: ops.rope_tables(np.ones((3, 5)), 6, 1e4), "with sections"),
-    (lambda: ops.rope_tables(np.ones((2, 5)), 6, 1e4, (1, 1, 1)), r"must be \(L,\)"),
-    (lambda: ops.rope_forward(X[:, :4], *TABLES), "do not fit|must be"),
-    (lambda: ops.rope_forward(X[..., :5], *TABLES), "R <= d"),
-])
+@pytest.mark.parametrize(
+    "call, remedy",
+    [
+        (lambda: ops.rope_tables(POSITIONS, 7, 1e4), "must be even"),
+        (lambda: ops.rope_tables(np.ones((3, 5)), 6, 1e4), "with sections"),
+        (lambda: ops.rope_tables(np.ones((2, 5)), 6, 1e4, (1, 1, 1)), r"must be \(L,\)"),
+        (lambda: ops.rope_forward(X[:, :4], *TABLES), "do not fit|must be"),
+        (lambda: ops.rope_forward(X[..., :5], *TABLES), "R <= d"),
+    ],
+)
 def test_shapes_that_do_not_fit_are_refused_with_the_remedy(call, remedy):
     with pytest.raises(InputError, match=remedy):
         call()

@@ -1,4 +1,5 @@
 """Attention against a naive dense softmax, and its memory: past keys, packed sequences, blocks of queries."""
+
 import numpy as np
 import pytest
 from scipy.special import expit, softmax
@@ -14,8 +15,11 @@ CU = np.array([0, 1, 3, 3, 6, 11])
 
 
 def random_qkv(B, L, M, H, H_kv, d, d_v):
-    return (RNG.standard_normal((B, L, H, d)), RNG.standard_normal((B, M, H_kv, d)),
-            RNG.standard_normal((B, M, H_kv, d_v)))
+    return (
+        RNG.standard_normal((B, L, H, d)),
+        RNG.standard_normal((B, M, H_kv, d)),
+        RNG.standard_normal((B, M, H_kv, d_v)),
+    )
 
 
 def dense(q, k, v, scale):
@@ -29,12 +33,14 @@ def dense(q, k, v, scale):
     return o
 
 
-@pytest.mark.parametrize("B, L, M, H, H_kv, d, d_v", [
-    (2, 5, 5, 6, 3, 4, 4), (1, 7, 7, 4, 1, 3, 5), (2, 3, 8, 6, 2, 5, 4), (3, 1, 6, 4, 4, 5, 2), (1, 1, 1, 3, 1, 2, 4)])
+@pytest.mark.parametrize(
+    "B, L, M, H, H_kv, d, d_v",
+    [(2, 5, 5, 6, 3, 4, 4), (1, 7, 7, 4, 1, 3, 5), (2, 3, 8, 6, 2, 5, 4), (3, 1, 6, 4, 4, 5, 2), (1, 1, 1, 3, 1, 2, 4)],
+)
 def test_attention_equals_the_naive_dense_softmax(B, L, M, H, H_kv, d, d_v):
     q, k, v = random_qkv(B, L, M, H, H_kv, d, d_v)
     o, _ = ops.softmax_attention_forward(q, k, v)
-    assert_within("o", o, dense(q, k, v, d ** -0.5), limit(q, k, v, d ** -0.5))
+    assert_within("o", o, dense(q, k, v, d**-0.5), limit(q, k, v, d**-0.5))
     o, _ = ops.softmax_attention_forward(q, k, v, scale=1.7)
     assert_within("o at scale 1.7", o, dense(q, k, v, 1.7), limit(q, k, v, 1.7))
 
@@ -70,7 +76,7 @@ def test_a_length_beyond_one_block_equals_the_dense_softmax():
     L = softmax_attention.ROWS + 37
     q, k, v = random_qkv(1, L, L + 5, 2, 1, 3, 4)
     o, _ = ops.softmax_attention_forward(q, k, v)
-    assert_within("o", o, dense(q, k, v, 3 ** -0.5), limit(q, k, v, 3 ** -0.5))
+    assert_within("o", o, dense(q, k, v, 3**-0.5), limit(q, k, v, 3**-0.5))
 
 
 @pytest.mark.parametrize("split", range(1, 7))
@@ -114,7 +120,7 @@ def test_a_packed_sequence_does_not_touch_the_others(moved):
 def test_later_keys_and_values_are_never_seen():
     q, k, v = random_qkv(1, 7, 9, 4, 2, 3, 5)
     o, _ = ops.softmax_attention_forward(q, k, v)
-    k[:, 6:] *= 1e3                                         # 2 past tokens, so query 4 is the first to see key 6
+    k[:, 6:] *= 1e3  # 2 past tokens, so query 4 is the first to see key 6
     v[:, 6:] += 1e3
     moved, _ = ops.softmax_attention_forward(q, k, v)
     assert_identical("o", moved[:, :4], o[:, :4])
@@ -130,7 +136,7 @@ def test_huge_scores_keep_probabilities_that_sum_to_one_in_the_backward_too(dtyp
     o, cache = ops.softmax_attention_forward(q, k, v)
     do = RNG.standard_normal(o.shape).astype(dtype)
     dq, dk, dv = ops.softmax_attention_backward(do, cache)
-    tolerance = rounding(32, dtype)                        # 9 keys, 18 summands of dv
+    tolerance = rounding(32, dtype)  # 9 keys, 18 summands of dv
     assert_within("o", o, np.ones_like(o), tolerance)
     assert_within("sum of dv", dv.sum((1, 2)), do.sum((1, 2)), tolerance * np.abs(do).sum())
     assert np.isfinite(dq).all() and np.isfinite(dk).all()
@@ -138,18 +144,21 @@ def test_huge_scores_keep_probabilities_that_sum_to_one_in_the_backward_too(dtyp
 
 def test_sigmoid_gate_is_the_product_with_scipys_expit():
     o, gate = RNG.standard_normal((2, 2, 3, 5)) * 9
-    expected = o * expit(gate)                             # exp(-gate) of up to 27 is rounded 27 times as much
+    expected = o * expit(gate)  # exp(-gate) of up to 27 is rounded 27 times as much
     assert_within("y", ops.sigmoid_gate_forward(o, gate)[0], expected, rounding(2 * (27 + 4)) * np.abs(expected))
 
 
-@pytest.mark.parametrize("shapes, options, remedy", [
-    (((1, 4, 6, 3), (1, 4, 4, 3), (1, 4, 4, 3)), {}, "multiple of H_kv"),
-    (((1, 4, 6, 3), (1, 3, 2, 3), (1, 3, 2, 3)), {}, "M >= L"),
-    (((1, 4, 6, 3), (1, 4, 2, 5), (1, 4, 2, 5)), {}, "do not fit"),
-    (((1, 4, 6, 3), (1, 4, 2, 3), (1, 5, 2, 3)), {}, "do not fit"),
-    (((1, 4, 6, 3), (1, 5, 2, 3), (1, 5, 2, 3)), {"cu_seqlens": np.array([0, 4])}, "one sequence at a time"),
-    (((2, 4, 6, 3), (2, 4, 2, 3), (2, 4, 2, 3)), {"cu_seqlens": np.array([0, 4])}, "B = 1"),
-])
+@pytest.mark.parametrize(
+    "shapes, options, remedy",
+    [
+        (((1, 4, 6, 3), (1, 4, 4, 3), (1, 4, 4, 3)), {}, "multiple of H_kv"),
+        (((1, 4, 6, 3), (1, 3, 2, 3), (1, 3, 2, 3)), {}, "M >= L"),
+        (((1, 4, 6, 3), (1, 4, 2, 5), (1, 4, 2, 5)), {}, "do not fit"),
+        (((1, 4, 6, 3), (1, 4, 2, 3), (1, 5, 2, 3)), {}, "do not fit"),
+        (((1, 4, 6, 3), (1, 5, 2, 3), (1, 5, 2, 3)), {"cu_seqlens": np.array([0, 4])}, "pass one at a time"),
+        (((2, 4, 6, 3), (2, 4, 2, 3), (2, 4, 2, 3)), {"cu_seqlens": np.array([0, 4])}, "B = 1"),
+    ],
+)
 def test_shapes_that_do_not_fit_are_refused_with_the_remedy(shapes, options, remedy):
     with pytest.raises(InputError, match=remedy):
         ops.softmax_attention_forward(*map(np.ones, shapes), **options)

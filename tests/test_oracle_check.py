@@ -1,5 +1,6 @@
 """deltanet-ref check: no alarm on correct implementations in any layout, and the right stage, case and place for the
 mistakes planted in tests/oracle_kernels.py, which share no code with the catalogue."""
+
 import functools
 import json
 
@@ -25,6 +26,7 @@ def wrong(report):
 
 
 # ---- correct implementations
+
 
 def test_a_float32_loop_over_tokens_passes_dense_and_packed_cases():
     report = judge(loop_forward, loop_backward, cases=select(["delta"]))
@@ -52,6 +54,7 @@ def test_the_engine_itself_passes_at_every_precision(dtype):
 
 def test_a_bfloat16_kernel_passes_at_bfloat16_and_fails_at_float32():
     """Operands of every product rounded to bfloat16, float32 sums and state, outputs rounded."""
+
     def kernel(*args, **options):
         o, S, _ = chunked_forward(*args, matrix=bfloat16, **options)
         return bfloat16(o), S
@@ -82,15 +85,18 @@ def test_every_other_operator_passes_its_own_reference():
             y = op.reference(x)
             return tuple(y[name] for name in names)
 
-        report = judge(lambda *a, **k: answer(op.outputs, a, k), lambda *a, **k: answer(op.gradients, a, k),
-                       cases=[case])
+        report = judge(
+            lambda *a, **k: answer(op.outputs, a, k), lambda *a, **k: answer(op.gradients, a, k), cases=[case]
+        )
         assert report.ok, (case.id, report.cases[0])
 
 
 # ---- correct implementations in other layouts
 
+
 def in_layout(layout):
     """loop_forward and loop_backward seen from the other side of a layout's switches."""
+
     def inside(q, k, v, g, beta, S0, scale, do=None, dS_end=None):
         heads_first = layout.order == "head"
         if heads_first:
@@ -148,8 +154,7 @@ COMBINED = dict(state="vk", heads="tiled", order="head", scale="none", l2norm="i
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("switches", [*SINGLE, COMBINED],
-                         ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()))
+@pytest.mark.parametrize("switches", [*SINGLE, COMBINED], ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()))
 def test_a_correct_implementation_in_another_layout_raises_no_alarm(switches, dtype):
     layout = make_layout(**switches)
     report = judge(*in_layout(layout), cases=DENSE, layout=layout, dtype=dtype)
@@ -236,8 +241,14 @@ def test_the_first_bad_place_of_a_forward_mistake_is_the_first_token_that_it_tou
     assert at("first head's decay for all", "plain")["head"] == 1
 
 
-CHUNKED = [("A without Gamma", "A"), ("T = I - A", "T"), ("W without decay", "W"), ("0/1 mask", "o"),
-           ("decay not carried", "S"), ("V_new plus W S", "V_new")]
+CHUNKED = [
+    ("A without Gamma", "A"),
+    ("T = I - A", "T"),
+    ("W without decay", "W"),
+    ("0/1 mask", "o"),
+    ("decay not carried", "S"),
+    ("V_new plus W S", "V_new"),
+]
 
 
 @pytest.mark.parametrize("mistake, stage", CHUNKED, ids=[row[0] for row in CHUNKED])
@@ -278,8 +289,11 @@ def test_a_planted_backward_mistake_is_found(mistake, output, fails, passes):
 
 def test_a_wrong_forward_is_the_first_stage_even_where_the_simplest_case_has_only_wrong_gradients():
     """Without a state the decay of a single token changes nothing but dS0."""
-    report = judge(lambda q, k, v, *, g, **options: loop_forward(q, k, v, g=g / 2, **options),
-                   lambda q, k, v, *, g, **options: loop_backward(q, k, v, g=g / 2, **options), cases=DENSE[:8])
+    report = judge(
+        lambda q, k, v, *, g, **options: loop_forward(q, k, v, g=g / 2, **options),
+        lambda q, k, v, *, g, **options: loop_backward(q, k, v, g=g / 2, **options),
+        cases=DENSE[:8],
+    )
     assert report.failed[0].first_bad["output"] == "dS0"
     assert report.first_stage()[0] == "o"
     stage = report.as_json()["summary"]["first_stage"]
@@ -295,10 +309,11 @@ def test_gradients_of_what_is_constant_in_A_and_T_are_not_judged():
         return *(y[name] for name in ("dq", "dk", "dv", "dg", "dbeta", "dS0")), garbled
 
     case = CASES["delta/three-chunks-state"]
-    for spoilt in np.greater, np.equal:
+    for harmless in np.greater, np.equal:
+        spoilt = harmless
         assert judge(loop_forward, backward, cases=[case]).ok
     spoilt = np.less
-    result, = judge(loop_forward, backward, cases=[case]).cases
+    (result,) = judge(loop_forward, backward, cases=[case]).cases
     assert [name for name, stage in result.stages.items() if stage.status != "ok"] == ["dT", "dA"]
 
 
@@ -328,6 +343,7 @@ def test_flags_that_fail_are_those_of_the_mistake():
 
 
 # ---- answers of the wrong shape or dtype, missing answers, exceptions
+
 
 def test_wrong_shapes_wrong_dtypes_and_missing_outputs_are_distinguished():
     cases = [CASES["delta/plain"], CASES["delta/batch-rows"]]
@@ -409,8 +425,9 @@ def command(capsys, *words):
 
 
 def test_the_json_is_what_the_contract_says(capsys):
-    status, report, _ = command(capsys, f"{KERNELS}:loop_forward", "--backward", f"{KERNELS}:loop_backward",
-                                "--cases", "delta/[a-p]*")
+    status, report, _ = command(
+        capsys, f"{KERNELS}:loop_forward", "--backward", f"{KERNELS}:loop_backward", "--cases", "delta/[a-p]*"
+    )
     assert status == 0
     summary = report["summary"]
     assert summary["suspects"] == [] and summary["failed"] == summary["skipped"] == summary["errors"] == 0
@@ -423,7 +440,8 @@ def test_a_failure_is_exit_status_1_and_names_the_place(capsys, tmp_path):
     (tmp_path / "kernel.py").write_text(
         "from tests.oracle_kernels import loop_forward\n"
         "def forward(*a, **k):\n    print('noise on stdout')\n"
-        "    return loop_forward(*a, mistake='tail of 16 not written', **k)\n")
+        "    return loop_forward(*a, mistake='tail of 16 not written', **k)\n"
+    )
     status, report, _ = command(capsys, f"{tmp_path}/kernel.py:forward", "--cases", "delta/ragged-1*")
     assert status == 1 and report["summary"]["failed"] == 4 and report["summary"]["passed"] == 2
     ragged_15 = next(case for case in report["cases"] if case["id"] == "delta/ragged-15")
@@ -441,7 +459,8 @@ def broken(*args, **options):
 def test_an_error_while_ranking_suspects_is_exit_status_3_and_the_verdict_is_printed(capsys, tmp_path, monkeypatch):
     (tmp_path / "kernel.py").write_text(
         "from tests.oracle_kernels import loop_forward\n"
-        "def forward(*a, **k):\n    return loop_forward(*a, mistake='tail of 16 not written', **k)\n")
+        "def forward(*a, **k):\n    return loop_forward(*a, mistake='tail of 16 not written', **k)\n"
+    )
     monkeypatch.setattr("deltanet_ref.oracle.suspects.rank", broken)
     words = [f"{tmp_path}/kernel.py:forward", "--cases", "delta/ragged-1*"]
     assert main(["check", *words]) == 3
@@ -456,10 +475,13 @@ def test_an_error_while_ranking_suspects_is_exit_status_3_and_the_verdict_is_pri
     assert "ranking suspects" in report["summary"]["internal_error"]
 
 
-@pytest.mark.parametrize("broken_part, words", [
-    ("deltanet_ref.oracle.check.compare", []),
-    ("deltanet_ref.ops.gated_delta_rule.recurrent_forward", ["--scale", "none"]),     # which computes what is expected
-])
+@pytest.mark.parametrize(
+    "broken_part, words",
+    [
+        ("deltanet_ref.oracle.check.compare_case", []),
+        ("deltanet_ref.ops.gated_delta_rule.recurrent_forward", ["--scale", "none"]),  # which computes what is expected
+    ],
+)
 def test_any_other_error_of_the_kit_is_exit_status_3_too(capsys, monkeypatch, broken_part, words):
     monkeypatch.setattr(broken_part, broken)
     status, report, err = command(capsys, f"{KERNELS}:loop_forward", "--cases", "delta/plain", *words)
@@ -469,9 +491,8 @@ def test_any_other_error_of_the_kit_is_exit_status_3_too(capsys, monkeypatch, br
 
 def test_an_error_of_the_kit_in_the_worker_is_not_a_verdict_on_the_callable(capsys, tmp_path):
     (tmp_path / "kernel.py").write_text(
-        "from deltanet_ref.oracle import runners\n"
-        "runners.OPERATORS = {}\n"
-        "def forward(*a, **k):\n    return None\n")
+        "from deltanet_ref.oracle import runners\nrunners.OPERATORS = {}\ndef forward(*a, **k):\n    return None\n"
+    )
     status, report, err = command(capsys, f"{tmp_path}/kernel.py:forward", "--cases", "delta/plain")
     assert status == 3 and report is None
     assert "while calling the implementation on delta/plain: KeyError" in err
@@ -485,7 +506,8 @@ def test_hanging_and_dying_callables_cost_only_their_case(capsys, tmp_path):
         "    if q.shape[1] == 15: time.sleep(600)\n"
         "    if q.shape[1] == 16: os.abort()\n"
         "    if q.shape[1] == 17: os._exit(0)\n"
-        "    return loop_forward(q, k, v, **o)\n")
+        "    return loop_forward(q, k, v, **o)\n"
+    )
     status, report, _ = command(capsys, f"{tmp_path}/kernel.py:forward", "--timeout", 10, "--cases", "delta/ragged-1?")
     found = {case["id"].split("-")[1]: case["status"] for case in report["cases"]}
     assert status == 1
@@ -493,30 +515,33 @@ def test_hanging_and_dying_callables_cost_only_their_case(capsys, tmp_path):
     assert "SIGABRT" in next(case["message"] for case in report["cases"] if case["id"].endswith("-16"))
 
 
-@pytest.mark.parametrize("words, says", [
-    (["nowhere:forward"], "cannot be imported"),
-    ([f"{KERNELS}:nothing"], "cannot be imported"),
-    ([f"{KERNELS}:np"], "not a function"),
-    (["loop_forward"], "module:function"),
-    ([f"{KERNELS}:loop_forward", "--backward", "nowhere:b"], "cannot be imported"),
-    ([f"{KERNELS}:loop_forward", "--backward", "autograd"], "needs a framework"),
-    ([f"{KERNELS}:loop_forward", "--array", "cupy"], "--array cupy"),
-    ([f"{KERNELS}:loop_forward", "--cases", "delta/none"], "no case matches"),
-    ([f"{KERNELS}:loop_forward", "--call", "q, k,, v"], "not a list of arguments"),
-    ([f"{KERNELS}:loop_forward", "--call", "q, k, v, gate=gate"], "'gate'"),
-    ([f"{KERNELS}:loop_forward", "--returns", "S_end, final"], "has 'final'"),
-    ([f"{KERNELS}:loop_forward", "--timeout", "0"], "--timeout"),
-    ([f"{KERNELS}:loop_forward", "--layout", "nobody's"], "invalid choice"),
-    ([], "give one of"),
-    ([f"{KERNELS}:loop_forward", "--results", "here"], "give one of"),
-    (["--exec", "cat"], "{in}"),
-    (["--exec", "no-such-program {in} {out}"], "cannot be found"),
-    (["--exec", f"{__file__} {{in}} {{out}}"], "chmod +x"),
-    (["--exec", "cat '{in} {out}"], "No closing quotation"),
-    ([f"{KERNELS}:loop_forward", "--timeout", "nan"], "--timeout"),
-    (["--exec", "cat {in} {out}", "--backward", "autograd"], "--backward"),
-    (["--results", "no-such-directory"], "is not a directory"),
-])
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["nowhere:forward"], "cannot be imported"),
+        ([f"{KERNELS}:nothing"], "cannot be imported"),
+        ([f"{KERNELS}:np"], "not a function"),
+        (["loop_forward"], "module:function"),
+        ([f"{KERNELS}:loop_forward", "--backward", "nowhere:b"], "cannot be imported"),
+        ([f"{KERNELS}:loop_forward", "--backward", "autograd"], "needs a framework"),
+        ([f"{KERNELS}:loop_forward", "--array", "cupy"], "--array cupy"),
+        ([f"{KERNELS}:loop_forward", "--cases", "delta/none"], "no case matches"),
+        ([f"{KERNELS}:loop_forward", "--call", "q, k,, v"], "not a list of arguments"),
+        ([f"{KERNELS}:loop_forward", "--call", "q, k, v, gate=gate"], "'gate'"),
+        ([f"{KERNELS}:loop_forward", "--returns", "S_end, final"], "has 'final'"),
+        ([f"{KERNELS}:loop_forward", "--timeout", "0"], "--timeout"),
+        ([f"{KERNELS}:loop_forward", "--layout", "nobody's"], "invalid choice"),
+        ([], "give one of"),
+        ([f"{KERNELS}:loop_forward", "--results", "here"], "give one of"),
+        (["--exec", "cat"], "{in}"),
+        (["--exec", "no-such-program {in} {out}"], "cannot be found"),
+        (["--exec", f"{__file__} {{in}} {{out}}"], "chmod +x"),
+        (["--exec", "cat '{in} {out}"], "No closing quotation"),
+        ([f"{KERNELS}:loop_forward", "--timeout", "nan"], "--timeout"),
+        (["--exec", "cat {in} {out}", "--backward", "autograd"], "--backward"),
+        (["--results", "no-such-directory"], "is not a directory"),
+    ],
+)
 def test_bad_usage_is_one_line_and_exit_status_2(capsys, words, says):
     status, report, err = command(capsys, *words)
     assert status == 2 and report is None

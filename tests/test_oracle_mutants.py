@@ -4,6 +4,7 @@ Nothing here is compared with itself: a mutant of one realisation, at seeds and 
 have, is ranked by the other one (oracle/mutants/confusion.py); the kernels of tests/oracle_kernels.py share no code
 with either.
 """
+
 import functools
 
 import numpy as np
@@ -30,6 +31,7 @@ NOT_OF_AN_OPERATOR = {23: "exporting an adapter", 25: "a compiler", 26: "a GPU's
 
 # ---- the table
 
+
 def test_the_table_is_as_large_as_the_catalogue_asks_for():
     assert len(FORWARD) >= 45 and len(BACKWARD) >= 45
     assert {mistake.bug for mistake in FORWARD + BACKWARD} == CATALOGUE.keys() - NOT_OF_AN_OPERATOR.keys()
@@ -50,8 +52,13 @@ def test_a_change_of_a_step_that_the_form_does_not_have_is_an_error():
 # ---- the forms themselves
 
 CHUNKS = {"rule": (64,), "chunks": (64, 20, 1), "padded": (64, 20)}
-ON_EVERY_CASE = [(form, chunk, case) for form, (_, names) in FORMS.items() for chunk in CHUNKS.get(form, (64,))
-                 for case in CASES.values() if case.op in names and "long" not in case.flags]
+ON_EVERY_CASE = [
+    (form, chunk, case)
+    for form, (_, names) in FORMS.items()
+    for chunk in CHUNKS.get(form, (64,))
+    for case in CASES.values()
+    if case.op in names and "long" not in case.flags
+]
 
 
 @pytest.mark.parametrize("form, chunk, case", ON_EVERY_CASE, ids=[f"{f}-{n}-{c.id}" for f, n, c in ON_EVERY_CASE])
@@ -98,6 +105,7 @@ def test_mutants_do_not_depend_on_the_code_of_ops(monkeypatch):
 
 # ---- every mutant caught, and recognised by the other realisation
 
+
 @pytest.mark.parametrize("realisation", "ab")
 @pytest.mark.parametrize("table", [FORWARD, BACKWARD], ids=["forward", "backward"])
 def test_every_mutant_is_caught_and_nearly_all_are_among_the_first_three_suspects(table, realisation):
@@ -124,27 +132,58 @@ def test_the_same_form_unchanged_raises_no_alarm(form, dtype):
 @pytest.mark.parametrize("form", ["rule", "chunks", "padded"])
 def test_rounded_operands_and_a_half_precision_state_are_caught_where_float32_is_claimed(form):
     """In nearly every case, and no other mistake is named."""
-    controls = [(mistake.bug, mutation) for mistake in FORWARD for mutation in (mistake.a, mistake.b)
-                if mistake.bug in (18, 19) and mutation.form == form and "between" not in mistake.title]
+    controls = [
+        (mistake.bug, mutation)
+        for mistake in FORWARD
+        for mutation in (mistake.a, mistake.b)
+        if mistake.bug in (18, 19) and mutation.form == form and "between" not in mistake.title
+    ]
     assert controls
     for bug, mutation in controls:
-        report = examine(Mutant(mutation, gradients=False), cases_for("gated_delta_rule"), dtype="float32",
-                         layout=TURNED)
+        report = examine(
+            Mutant(mutation, gradients=False), cases_for("gated_delta_rule"), dtype="float32", layout=TURNED
+        )
         assert len(report.failed) > 0.8 * len(report.cases)
         assert {18, 19} >= {suspect for suspect, _, _ in report.suspects} >= {bug}
 
 
 # ---- mistakes in code that is independent of the catalogue
 
-LOOP_FORWARD = {"read before write": 28, "error before decay": 28, "row 0's state for every row": 4,
-                "beta at most 1": 27, "keys normalised inside": 8, "keys normalised inside, 0/0": 8, "forgets at chunk borders": 4,
-                "decay clamped": 5, "half precision state": 18, "tail of 16 not written": 13, "heads modulo": 2}
-LOOP_BACKWARD = {"dS_end ignored": 14, "dq without scale": 7, "dv without beta": 11, "dbeta without the read": 11,
-                 "dk without the erased part": 11, "dS not through the erased part": 11, "dg without the decay": 6,
-                 "dS not decayed at chunk borders": 29, "dS0 lost": 14, "dg of the second row from the first": 15,
-                 "one value head per key head": 2, "dq and dk swapped": 32}
-CHUNKED = {"A without Gamma": 10, "T = I - A": 10, "W without decay": 10, "0/1 mask": 10, "decay not carried": 29,
-           "V_new plus W S": 10}
+LOOP_FORWARD = {
+    "read before write": 28,
+    "error before decay": 28,
+    "row 0's state for every row": 4,
+    "beta at most 1": 27,
+    "keys normalised inside": 8,
+    "keys normalised inside, 0/0": 8,
+    "forgets at chunk borders": 4,
+    "decay clamped": 5,
+    "half precision state": 18,
+    "tail of 16 not written": 13,
+    "heads modulo": 2,
+}
+LOOP_BACKWARD = {
+    "dS_end ignored": 14,
+    "dq without scale": 7,
+    "dv without beta": 11,
+    "dbeta without the read": 11,
+    "dk without the erased part": 11,
+    "dS not through the erased part": 11,
+    "dg without the decay": 6,
+    "dS not decayed at chunk borders": 29,
+    "dS0 lost": 14,
+    "dg of the second row from the first": 15,
+    "one value head per key head": 2,
+    "dq and dk swapped": 32,
+}
+CHUNKED = {
+    "A without Gamma": 10,
+    "T = I - A": 10,
+    "W without decay": 10,
+    "0/1 mask": 10,
+    "decay not carried": 29,
+    "V_new plus W S": 10,
+}
 
 
 def first_suspect(forward, backward=None):
@@ -158,8 +197,10 @@ def test_a_mistake_of_a_loop_over_tokens_is_named(mistake):
 
 @pytest.mark.parametrize("mistake", CHUNKED)
 def test_a_mistake_of_a_chunked_kernel_is_named(mistake):
-    assert first_suspect(lambda *x, **options: chunked_forward(*x, chunk=40, mistake=mistake, **options)[:2]) == \
-        CHUNKED[mistake]
+    assert (
+        first_suspect(lambda *x, **options: chunked_forward(*x, chunk=40, mistake=mistake, **options)[:2])
+        == CHUNKED[mistake]
+    )
 
 
 @pytest.mark.parametrize("mistake", LOOP_BACKWARD)
@@ -169,6 +210,7 @@ def test_a_mistake_of_a_backward_is_named(mistake):
 
 
 # ---- failures that no known mistake explains
+
 
 def noisy(x):
     return x + np.float32(1e-3) * np.random.default_rng(7).standard_normal(x.shape).astype(np.float32)
@@ -200,9 +242,11 @@ def test_an_unknown_failure_has_a_stage_and_no_suspect(failure):
     def spoilt(names, values):
         return tuple(spoil(x).astype(x.dtype) if name == stage else x for name, x in zip(names, values))
 
-    report = judge(lambda *x, **options: spoilt(("o", "S_end"), loop_forward(*x, **options)),
-                   lambda *x, **options: spoilt(("dq", "dk", "dv", "dg", "dbeta", "dS0"), loop_backward(*x, **options)),
-                   cases=DENSE)
+    report = judge(
+        lambda *x, **options: spoilt(("o", "S_end"), loop_forward(*x, **options)),
+        lambda *x, **options: spoilt(("dq", "dk", "dv", "dg", "dbeta", "dS0"), loop_backward(*x, **options)),
+        cases=DENSE,
+    )
     assert len(report.failed) > len(report.cases) / 2
     assert report.first_stage()[0] == stage
     assert report.suspects == []

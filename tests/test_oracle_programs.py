@@ -1,4 +1,5 @@
 """check --exec and --results: programs in any language and files computed elsewhere, correct and broken."""
+
 import json
 import shutil
 import subprocess
@@ -32,8 +33,21 @@ def check(capsys, *words):
 def c_program(tmp_path_factory):
     """The C example, compiled as the README says, with every warning an error."""
     program = tmp_path_factory.mktemp("c") / "delta_rule"
-    subprocess.run([shutil.which("cc") or "gcc", "-std=c99", "-Wall", "-Wextra", "-Werror", "-O2", "-o", program,
-                    EXAMPLES / "delta_rule.c", "-lm"], check=True)
+    subprocess.run(
+        [
+            shutil.which("cc") or "gcc",
+            "-std=c99",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-O2",
+            "-o",
+            program,
+            EXAMPLES / "delta_rule.c",
+            "-lm",
+        ],
+        check=True,
+    )
     return program
 
 
@@ -46,15 +60,17 @@ def test_the_c_example_passes_every_case_forward_and_backward(capsys, c_program)
 def test_a_mistake_in_the_c_example_is_found(capsys, tmp_path):
     """Each edit makes one line of its source wrong, and names the output that must be reported first."""
     source = (EXAMPLES / "delta_rule.c").read_text()
-    for right, wrong, output in (("error[j] -= k[i] * S[i * s.dv + j];",
-                                  "error[j] -= k[i] * S[i * s.dv + j] / decay;", "o"),
-                                 ("dS[i * s.dv + j] *= decay;", "", "dv"),
-                                 ("h / (s.H_v / s.H_k)", "h % s.H_k", "o")):
+    for right, wrong, output in (
+        ("error[j] -= k[i] * S[i * s.dv + j];", "error[j] -= k[i] * S[i * s.dv + j] / decay;", "o"),
+        ("dS[i * s.dv + j] *= decay;", "", "dv"),
+        ("h / (s.H_v / s.H_k)", "h % s.H_k", "o"),
+    ):
         assert source.count(right) == 1
         (tmp_path / "wrong.c").write_text(source.replace(right, wrong))
         subprocess.run(["cc", "-O2", "-o", tmp_path / "wrong", tmp_path / "wrong.c", "-lm"], check=True)
-        status, report, _ = check(capsys, "--exec", f"{tmp_path / 'wrong'} {{in}} {{out}}",
-                                  "--cases", "delta/grouped-heads", "delta/hand")
+        status, report, _ = check(
+            capsys, "--exec", f"{tmp_path / 'wrong'} {{in}} {{out}}", "--cases", "delta/grouped-heads", "delta/hand"
+        )
         assert status == 1
         case = next(case for case in report["cases"] if case["id"] == "delta/grouped-heads")
         assert case["first_bad"]["output"] == output, wrong
@@ -63,7 +79,8 @@ def test_a_mistake_in_the_c_example_is_found(capsys, tmp_path):
 def program(tmp_path, body, files="from deltanet_ref.oracle.exchange import read_answers, write_case"):
     """The command of a Python program that answers a case; `body` may change the answers `y`, or fail."""
     path = tmp_path / "program.py"
-    path.write_text(textwrap.dedent("""
+    path.write_text(
+        textwrap.dedent("""
         import os, sys, time
         import numpy as np
         sys.path.insert(0, os.getcwd())
@@ -78,20 +95,26 @@ def program(tmp_path, body, files="from deltanet_ref.oracle.exchange import read
         y = dict(zip(("o", "S_end"), loop_forward(*args, **x, scale=scale)))
         y |= dict(zip(("dq", "dk", "dv", "dg", "dbeta", "dS0"), loop_backward(*args, **x, scale=scale, **d)))
         L = args[0].shape[1]
-        """).replace("FILES", files) + textwrap.dedent(body) + "\nwrite_case(sys.argv[2], y)\n")
+        """).replace("FILES", files)
+        + textwrap.dedent(body)
+        + "\nwrite_case(sys.argv[2], y)\n"
+    )
     return f"{sys.executable} {path} {{in}} {{out}}"
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_programs_read_and_write_every_format(capsys, tmp_path, format):
-    status, report, _ = check(capsys, "--exec", program(tmp_path, ""), "--format", format,
-                              "--cases", "delta/grouped-heads", "delta/one*")
+    status, report, _ = check(
+        capsys, "--exec", program(tmp_path, ""), "--format", format, "--cases", "delta/grouped-heads", "delta/one*"
+    )
     assert status == 0 and report["summary"]["passed"] == 3 and report["summary"]["gradients"]
 
 
 def test_a_broken_program_fails_only_its_own_case(capsys, tmp_path):
     plain_numpy = "read_answers, write_case = lambda path: dict(np.load(path)), lambda path, y: np.savez(path, **y)"
-    command = program(tmp_path, """
+    command = program(
+        tmp_path,
+        """
         if L == 15: sys.exit("out of registers")
         if L == 17: os.abort()
         if L == 31: del y["S_end"]
@@ -105,13 +128,29 @@ def test_a_broken_program_fails_only_its_own_case(capsys, tmp_path):
             sys.exit()
         if L == 127: sys.exit()
         if L == 128: del y["dk"]
-        """, plain_numpy)
-    status, report, _ = check(capsys, "--exec", command, "--format", "npz", "--timeout", 300, "--cases", "delta/ragged-*")
+        """,
+        plain_numpy,
+    )
+    status, report, _ = check(
+        capsys, "--exec", command, "--format", "npz", "--timeout", 300, "--cases", "delta/ragged-*"
+    )
     found = {int(case["id"].split("-")[1]): case for case in report["cases"]}
     assert status == 1
     assert {L: case["status"] for L, case in found.items()} == {
-        2: "ok", 15: "ERROR", 16: "ok", 17: "ERROR", 31: "MISSING", 32: "SHAPE", 33: "NONFINITE", 63: "SHAPE",
-        64: "ERROR", 65: "ERROR", 127: "ERROR", 128: "MISSING", 129: "ok"}
+        2: "ok",
+        15: "ERROR",
+        16: "ok",
+        17: "ERROR",
+        31: "MISSING",
+        32: "SHAPE",
+        33: "NONFINITE",
+        63: "SHAPE",
+        64: "ERROR",
+        65: "ERROR",
+        127: "ERROR",
+        128: "MISSING",
+        129: "ok",
+    }
     assert "out of registers" in found[15]["message"] and "SIGABRT" in found[17]["message"]
     assert "wrote no answer" in found[127]["message"] and "cannot be read" in found[65]["message"]
     assert found[31]["first_bad"]["output"] == "S_end" and found[128]["first_bad"]["output"] == "dk"
@@ -132,6 +171,7 @@ def test_a_program_without_gradients_is_judged_forward_only(capsys, tmp_path):
 
 
 # ---- files computed elsewhere
+
 
 def answers(case, forward_mistake=None):
     x = make_inputs(case)
@@ -159,14 +199,20 @@ def test_missing_and_wrong_results_have_different_statuses(capsys, results):
     write_case(results / "delta/ragged-16.npz", answers(CASES["delta/ragged-17"]))
     write_case(results / "delta/ragged-17.npz", answers(CASES["delta/ragged-17"], "tail of 16 not written"))
     data = (results / "delta/ragged-127.npz").read_bytes()
-    (results / "delta/ragged-127.npz").write_bytes(data[:len(data) // 2])
+    (results / "delta/ragged-127.npz").write_bytes(data[: len(data) // 2])
     (results / "delta/ragged-128.npz").unlink()
     np.savez(results / "delta/ragged-128.npz", o=np.array([object()]))
     status, report, _ = check(capsys, "--results", results, "--cases", "delta/ragged-1*")
     found = {int(case["id"].split("-")[1]): case for case in report["cases"]}
     assert status == 1
     assert {L: case["status"] for L, case in found.items()} == {
-        15: "MISSING", 16: "SHAPE", 17: "DIFF", 127: "ERROR", 128: "ERROR", 129: "ok"}
+        15: "MISSING",
+        16: "SHAPE",
+        17: "DIFF",
+        127: "ERROR",
+        128: "ERROR",
+        129: "ok",
+    }
     assert found[17]["first_bad"] == dict(output="o", sequence=0, chunk=0, token=16, head=0)
 
 
@@ -176,6 +222,7 @@ def test_a_directory_without_any_result_is_bad_usage(capsys, tmp_path):
 
 
 # ---- exported vectors
+
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_exported_cases_hold_the_inputs_and_the_expected_values(capsys, tmp_path, format):

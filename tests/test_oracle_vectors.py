@@ -1,5 +1,6 @@
 """The committed vectors: their form, that they are reproducible, and that their values are right: by complex step, by
 50-digit arithmetic and by hand."""
+
 import hashlib
 import json
 
@@ -25,6 +26,7 @@ METADATA = {group: json.loads((VECTORS / f"{group}.json").read_text()) for group
 
 # ---- form
 
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_metadata_is_valid_and_describes_every_tensor(group):
     jsonschema.Draft202012Validator(json.loads((VECTORS / "schema.json").read_text())).validate(METADATA[group])
@@ -47,8 +49,12 @@ def test_metadata_is_valid_and_describes_every_tensor(group):
 
 def test_the_schema_rejects_invalid_metadata():
     validator = jsonschema.Draft202012Validator(json.loads((VECTORS / "schema.json").read_text()))
-    for break_it in (lambda m: m.pop("source"), lambda m: m["cases"][0]["tensors"]["x"].update(role="guess"),
-                     lambda m: m["cases"][0].update(op="unknown"), lambda m: m["flags"]["plain"].pop("catches")):
+    for break_it in (
+        lambda m: m.pop("source"),
+        lambda m: m["cases"][0]["tensors"]["x"].update(role="guess"),
+        lambda m: m["cases"][0].update(op="unknown"),
+        lambda m: m["flags"]["plain"].pop("catches"),
+    ):
         metadata = json.loads(json.dumps(METADATA["conv"]))
         break_it(metadata)
         assert not validator.is_valid(metadata)
@@ -98,6 +104,7 @@ def test_cases_have_the_properties_that_their_flags_claim():
 
 # ---- reproducible
 
+
 def test_regenerated_vectors_equal_the_committed_ones():
     """Bit for bit on the machine that made them; elsewhere within 1e-12 of the scale, which verify_vectors allows."""
     assert verify_vectors(VECTORS) == []
@@ -113,7 +120,7 @@ def test_verification_finds_one_changed_number(tmp_path):
     for path in VECTORS.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     data = bytearray((tmp_path / "conv.safetensors").read_bytes())
-    data[-5] ^= 16          # in the exponent of the last but one float32
+    data[-5] ^= 16  # in the exponent of the last but one float32
     (tmp_path / "conv.safetensors").write_bytes(data)
     wrong = verify_vectors(tmp_path, ["conv"])
     assert len(wrong) == 2 and "sha256" in wrong[0] and "conv/" in wrong[1]
@@ -129,12 +136,14 @@ def test_inputs_are_the_same_bits_on_every_machine():
 
 def test_bfloat16_rounds_to_nearest_ties_to_even():
     x = np.array([1, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-9, -(1 + 2**-8 + 2**-20), 3.0e38, 0.0])
-    np.testing.assert_array_equal(bfloat16(x), float32([1, 1, 1 + 2**-6, 1, -(1 + 2**-7), 3.0e38, 0.0])[:5].tolist()
-                                  + bfloat16(x[5:]).tolist())
+    np.testing.assert_array_equal(
+        bfloat16(x), float32([1, 1, 1 + 2**-6, 1, -(1 + 2**-7), 3.0e38, 0.0])[:5].tolist() + bfloat16(x[5:]).tolist()
+    )
     assert (bfloat16(x).view(np.uint32) & 0xFFFF == 0).all()
 
 
 # ---- right values: by hand
+
 
 def test_the_hand_computable_case_equals_the_calculation_in_the_readme():
     y = expected(CASES["delta/hand"]).values
@@ -148,8 +157,11 @@ def test_the_hand_computable_case_equals_the_calculation_in_the_readme():
 
 # ---- right values: by complex step
 
-SMALL = [case for case in CASES.values()
-         if case.op != "qwen35" and case.sizes.get("L", 1) <= 23 and case.id not in ("delta/wide-heads",)]
+SMALL = [
+    case
+    for case in CASES.values()
+    if case.op != "qwen35" and case.sizes.get("L", 1) <= 23 and case.id not in ("delta/wide-heads",)
+]
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
@@ -157,7 +169,7 @@ def test_gradients_equal_the_complex_step_of_the_forward(case):
     """Exact up to rounding: 1e-12 of the scale, at 40 elements of each gradient."""
     op, right = OPERATORS[case.op], expected(case)
     x = in_dtype(make_inputs(case), np.float64) | {k: v for k, v in case.options.items() if k == "head_order"}
-    tolerance = 1e-12 if "delta" in case.op else 1e-11                    # elsewhere the scale is the row's own size
+    tolerance = 1e-12 if "delta" in case.op else 1e-11  # elsewhere the scale is the row's own size
     rng = np.random.default_rng(case.seed)
     for gradient in op.gradients:
         name = gradient[1:]
@@ -171,14 +183,19 @@ def test_gradients_equal_the_complex_step_of_the_forward(case):
 
         exact = complex_step_gradient(loss, x[name].flat[chosen])
         want = right.values[gradient]
-        scale = np.broadcast_to(right.scales[gradient].reshape(right.scales[gradient].shape + (1,) * (
-            want.ndim - right.scales[gradient].ndim)), want.shape)
+        scale = np.broadcast_to(
+            right.scales[gradient].reshape(
+                right.scales[gradient].shape + (1,) * (want.ndim - right.scales[gradient].ndim)
+            ),
+            want.shape,
+        )
         off = np.abs(exact - want.flat[chosen]) / scale.flat[chosen]
         assert off.max() < tolerance, gradient
 
 
 with_intermediates = pytest.mark.parametrize(
-    "case", [case for case in CASES.values() if "intermediates" in case.flags], ids=lambda case: case.id)
+    "case", [case for case in CASES.values() if "intermediates" in case.flags], ids=lambda case: case.id
+)
 
 
 def chunked_loss(x, chunk, bump):
@@ -195,8 +212,14 @@ def chunked_loss(x, chunk, bump):
         S = moved("S", S, n)
         gc = moved("gc", np.cumsum(x["g"][:, t].swapaxes(1, 2), -1), n)
         C = gc.shape[2]
-        Gamma = np.where(np.tri(C, dtype=bool), np.exp(np.minimum((gc[..., :, None] - gc[..., None, :]).real, 0)
-                                                       + 1j * (gc[..., :, None] - gc[..., None, :]).imag), 0)
+        Gamma = np.where(
+            np.tri(C, dtype=bool),
+            np.exp(
+                np.minimum((gc[..., :, None] - gc[..., None, :]).real, 0)
+                + 1j * (gc[..., :, None] - gc[..., None, :]).imag
+            ),
+            0,
+        )
         A = moved("A", np.tril(b * (K @ K.swapaxes(2, 3)) * Gamma, -1), n)
         T = moved("T", np.linalg.inv(np.eye(C) + A), n)
         U = moved("U", T @ (b * V), n)
@@ -215,11 +238,11 @@ def test_gradients_of_the_intermediates_equal_the_complex_step(case):
     right, rng, n, C = expected(case), np.random.default_rng(7), 1, 64
     for gradient in BACKWARD:
         name = gradient[1:]
-        want = right.values[gradient][:, n] if name == "S" else right.values[gradient][:, C:2 * C].swapaxes(1, 2)
+        want = right.values[gradient][:, n] if name == "S" else right.values[gradient][:, C : 2 * C].swapaxes(1, 2)
         scale = np.abs(want).max()
         for _ in range(4):
             place = [rng.integers(size) for size in want.shape]
-            if name in "AT":                                               # T has a diagonal, A has none
+            if name in "AT":  # T has a diagonal, A has none
                 place[3] = rng.integers(place[2] + 1) if name == "T" else rng.integers(max(place[2], 1))
                 place[2] = max(place[2], 1) if name == "A" else place[2]
             place = tuple(place)
@@ -243,8 +266,9 @@ def test_intermediates_satisfy_their_defining_equations(case):
         S = y["S"][0, start // 64]
         i, j = np.tril_indices(C, -1)
         np.testing.assert_allclose(gc, np.cumsum(x["g"][0, t].T, -1), rtol=1e-14)
-        np.testing.assert_allclose(A[:, i, j], (b * (K @ K.swapaxes(1, 2)))[:, i, j] * np.exp(gc[:, i] - gc[:, j]),
-                                   rtol=1e-9, atol=1e-14)
+        np.testing.assert_allclose(
+            A[:, i, j], (b * (K @ K.swapaxes(1, 2)))[:, i, j] * np.exp(gc[:, i] - gc[:, j]), rtol=1e-9, atol=1e-14
+        )
         np.testing.assert_allclose((np.eye(C) + A) @ T, np.eye(C) + np.zeros_like(A), atol=1e-12)
         np.testing.assert_allclose((np.eye(C) + A) @ U, b * V, atol=1e-12)
         np.testing.assert_allclose((np.eye(C) + A) @ W, b * np.exp(gc)[..., None] * K, atol=1e-12)
@@ -253,6 +277,7 @@ def test_intermediates_satisfy_their_defining_equations(case):
 
 
 # ---- right values: in 50-digit arithmetic
+
 
 @pytest.mark.parametrize("name", ["hand", "one-token-state", "plain", "initial-state", "square-state", "scale-one"])
 def test_values_and_gradients_equal_50_digit_arithmetic(name):

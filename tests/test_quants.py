@@ -1,4 +1,5 @@
 """formats/quants.py compared with blocks quantised and dequantised by ggml itself, and with the gguf package."""
+
 import itertools
 import struct
 
@@ -46,7 +47,7 @@ def test_rows_are_those_of_the_whole(name):
     assert np.array_equal(dequantize(some, Type[name], (3, expected.shape[1])), expected[ids])
 
 
-FITTED = ("Q4_0", "Q4_K", "Q5_K", "Q6_K")        # with least-squares scales, unlike ggml
+FITTED = ("Q4_0", "Q4_K", "Q5_K", "Q6_K")  # with least-squares scales, unlike ggml
 
 
 @pytest.mark.parametrize("name", [name for name in STORED if Type[name] in QUANTIZABLE and name not in FITTED])
@@ -77,7 +78,7 @@ def test_blocks_of_every_kind_lose_no_more_than_rounding(name, steps):
     span = 2 * np.abs(x).max(axis=1)
     values = dequantize(quantize(x, kind), kind, x.shape)
     error = np.sqrt(np.mean((values - x) ** 2, axis=1, dtype=np.float64))
-    assert (error <= span / steps / 12 ** 0.5 + 6e-8 * (span > 0)).all() and error[0] == 0
+    assert (error <= span / steps / 12**0.5 + 6e-8 * (span > 0)).all() and error[0] == 0
 
 
 @pytest.mark.parametrize("name", FITTED)
@@ -89,11 +90,13 @@ def test_pieces_quantised_by_several_threads_are_the_blocks_one_by_one(name, mon
     assert np.array_equal(np.concatenate([quantize(row, Type[name]) for row in x]), whole)
 
 
-@pytest.mark.parametrize("name, values", [("F16", [70000.0]), ("F16", [np.inf]), ("Q8_0", [9e6]), ("Q4_K", [np.nan]),
-                                          ("Q6_K", [-np.inf]), ("Q4_0", [1e7])])
+@pytest.mark.parametrize(
+    "name, values",
+    [("F16", [70000.0]), ("F16", [np.inf]), ("Q8_0", [9e6]), ("Q4_K", [np.nan]), ("Q6_K", [-np.inf]), ("Q4_0", [1e7])],
+)
 def test_values_that_a_type_cannot_hold_are_refused(name, values):
     x = np.zeros((2, 256), np.float32)
-    x[1, :len(values)] = values
+    x[1, : len(values)] = values
     with pytest.raises(InputError, match="too large|not finite"):
         quantize(x, Type[name])
 
@@ -103,7 +106,7 @@ def test_every_type_dequantises_as_the_gguf_package_does(kind):
     """Random blocks with three axes, including the types that dequant.npz lacks (IQ1, IQ2, IQ3, ternary, 4-bit)."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(int(kind)).integers(0, 256, (2, 3, 5 * size), np.uint8)
-    with np.errstate(all="ignore"):     # random scales may be inf or nan
+    with np.errstate(all="ignore"):  # random scales may be inf or nan
         expected = raw.view(np.float64) if kind == Type.F64 else gguf.quants.dequantize(raw, kind)
         values = dequantize(raw.reshape(-1), kind, (2, 3, 5 * block), expected.dtype)
     assert np.array_equal(bits(values), bits(np.ascontiguousarray(expected)))
@@ -111,13 +114,15 @@ def test_every_type_dequantises_as_the_gguf_package_does(kind):
 
 def test_the_tables_list_every_type_that_the_gguf_package_supports():
     for kind, (block, size) in gguf.GGML_QUANT_SIZES.items():
-        for table, attempt in [(TYPES, lambda: gguf.quants.dequantize(np.zeros((2, size), np.uint8), kind)),
-                               (QUANTIZABLE, lambda: gguf.quants.quantize(np.ones((2, block), np.float32), kind))]:
+        for table, attempt in [
+            (TYPES, lambda: gguf.quants.dequantize(np.zeros((2, size), np.uint8), kind)),
+            (QUANTIZABLE, lambda: gguf.quants.quantize(np.ones((2, block), np.float32), kind)),
+        ]:
             try:
                 attempt()
                 possible = True
             except NotImplementedError:
-                possible = kind == Type.F64 or table is QUANTIZABLE and kind.name in FITTED     # ours
+                possible = kind == Type.F64 or table is QUANTIZABLE and kind.name in FITTED  # ours
             assert possible == (kind in table), kind.name
 
 
@@ -162,6 +167,7 @@ def test_bytes_and_shape_must_agree():
 
 # --- values that are not finite ------------------------------------------------------------------------------------
 
+
 def finite_blocks(kind, n):
     """n blocks of random bytes, (n, size), chosen to decode to finite values."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -186,13 +192,14 @@ def test_a_block_that_decodes_to_nan_or_infinity_is_found_wherever_it_is(kind, m
     good = finite_blocks(kind, 11)
     assert len(good) == 11 and stored_finite(good.reshape(-1), kind)
     values = [bytes([x]) for x in (0x7F, 0xFF, 252, 253, 254)] + [
-        struct.pack("<H", x) for x in (0x7C00, 0xFC00, 0x7E01, 0xFFFF, 0x7BFF, 0xFBFF, 0x7F80, 0xFF80, 0x7F7F, 0x8000)]
+        struct.pack("<H", x) for x in (0x7C00, 0xFC00, 0x7E01, 0xFFFF, 0x7BFF, 0xFBFF, 0x7F80, 0xFF80, 0x7F7F, 0x8000)
+    ]
     size = good.shape[1]
     changed = np.repeat(good[:1], len(values) * size, axis=0)
     for row, (value, at) in zip(changed, itertools.product(values, range(size))):
-        row[at:at + len(value)] = np.frombuffer(value, np.uint8)[:size - at]
+        row[at : at + len(value)] = np.frombuffer(value, np.uint8)[: size - at]
     judged = decoded_finite(changed, kind)
-    assert judged.any() and judged.all() == (kind == Type.NVFP4)          # whose scales are never NaN or infinite
+    assert judged.any() and judged.all() == (kind == Type.NVFP4)  # whose scales are never NaN or infinite
     for block, expected in zip(changed, judged):
         for place in (0, 5, 10) if not expected else (5,):
             raw = good.copy()

@@ -1,4 +1,5 @@
 """formats/safetensors.py against the safetensors library, and with damaged files."""
+
 import json
 import struct
 
@@ -25,9 +26,14 @@ def test_reads_what_the_library_reads():
 
 def test_the_library_reads_what_is_written(tmp_path):
     rng = np.random.default_rng(2)
-    tensors = {"a": rng.standard_normal((3, 5)).astype(np.float32), "t": rng.standard_normal((7, 2)).T,
-               "i": np.arange(9), "h": rng.standard_normal(4).astype(np.float16), "b": np.array([True, False]),
-               "n": np.array(2.5)}
+    tensors = {
+        "a": rng.standard_normal((3, 5)).astype(np.float32),
+        "t": rng.standard_normal((7, 2)).T,
+        "i": np.arange(9),
+        "h": rng.standard_normal(4).astype(np.float16),
+        "b": np.array([True, False]),
+        "n": np.array(2.5),
+    }
     write_safetensors(tmp_path / "a.safetensors", tensors, {"format": "pt"})
     theirs, ours = load_file(tmp_path / "a.safetensors"), read_safetensors(tmp_path / "a.safetensors")
     for name, values in tensors.items():
@@ -70,14 +76,31 @@ def test_shards_are_one_mapping(tmp_path):
     assert {name: read[name].tolist() for name in read} == {"a": [0, 1, 2], "b": [0, 1, 2, 3, 4]}
 
 
-@pytest.mark.parametrize("index, reason", [
-    ({"weight_map": {"a": "one.safetensors", "c": "two.safetensors", "d": "one.safetensors"}},
-     "shards lack tensors that the index lists: c, d"),
-    ({"weight_map": {"a": "three.safetensors"}}, "three.safetensors: cannot be read"),
-    ({"weight_map": {"a": 7}}, "not a safetensors index"), ({"weight_map": ["a"]}, "not a safetensors index"),
-    ({}, "not a safetensors index"), ([], "expected a JSON object"),
-    *(({"weight_map": {"a": name}}, "not a .safetensors file of this directory") for name in (
-        "../one.safetensors", "/etc/passwd", "..", "a/../one.safetensors", r"..\one.safetensors", "one.bin"))])
+@pytest.mark.parametrize(
+    "index, reason",
+    [
+        (
+            {"weight_map": {"a": "one.safetensors", "c": "two.safetensors", "d": "one.safetensors"}},
+            "shards lack tensors that the index lists: c, d",
+        ),
+        ({"weight_map": {"a": "three.safetensors"}}, "three.safetensors: cannot be read"),
+        ({"weight_map": {"a": 7}}, "not a safetensors index"),
+        ({"weight_map": ["a"]}, "not a safetensors index"),
+        ({}, "not a safetensors index"),
+        ([], "expected a JSON object"),
+        *(
+            ({"weight_map": {"a": name}}, "not a .safetensors file of this directory")
+            for name in (
+                "../one.safetensors",
+                "/etc/passwd",
+                "..",
+                "a/../one.safetensors",
+                r"..\one.safetensors",
+                "one.bin",
+            )
+        ),
+    ],
+)
 def test_an_inconsistent_index_is_refused(index, reason, tmp_path):
     shards(tmp_path, index)
     with pytest.raises(InputError, match=reason):
@@ -99,7 +122,7 @@ def test_random_damage_never_escapes_as_another_error(tmp_path):
         for place in rng.integers(0 if trial % 2 else 8, header, 1):
             raw[place] = rng.integers(256)
         if trial % 3 == 0:
-            raw = raw[:rng.integers(0, len(raw))]
+            raw = raw[: rng.integers(0, len(raw))]
         path.write_bytes(raw)
         try:
             tensors = read_safetensors(path)

@@ -1,4 +1,5 @@
 """The lists of tests that targets of the Makefile take or leave out name tests that exist."""
+
 from pathlib import Path
 
 import pytest

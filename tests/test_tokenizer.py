@@ -1,4 +1,5 @@
 """formats/tokenizer.py against ids of llama.cpp, HF and tiktoken, and against the tokenizers library itself."""
+
 import gzip
 import json
 import random
@@ -20,9 +21,26 @@ HF = FIXTURES / "eq/hf"
 STRINGS = json.loads((FIXTURES / "tokens.json").read_text())
 REAL_STRINGS = json.loads((FIXTURES / "realvocab.json").read_text())
 TINY = load_tokenizer(FIXTURES / "eq/eq-f32.gguf")
-PIECES = ["<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<tool_call>", "<|im_end", "\u0338", "e\u0301",
-          "\u0e19\u0e49", "'Ll", "\r\n", "   ", "12", "\u2163", "\U0001f469\u200d\U0001f467", "\ud55c\uad6d",
-          "\ufeff", "\0"]
+PIECES = [
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "<|im_end",
+    "\u0338",
+    "e\u0301",
+    "\u0e19\u0e49",
+    "'Ll",
+    "\r\n",
+    "   ",
+    "12",
+    "\u2163",
+    "\U0001f469\u200d\U0001f467",
+    "\ud55c\uad6d",
+    "\ufeff",
+    "\0",
+]
 TEXT = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(PIECES)), max_size=12).map("".join)
 
 
@@ -66,7 +84,7 @@ def hf_ids(oracle, text, parse_special, normalize):
 
 @settings(max_examples=300, deadline=None)
 @given(TEXT, st.booleans(), st.sampled_from(["NFC", None]))
-@example("<think>\u0338", True, "NFC")          # NFC stops at a token: ">" and the solidus do not join
+@example("<think>\u0338", True, "NFC")  # NFC stops at a token: ">" and the solidus do not join
 @example("a" * 100 + " " * 100, True, "NFC")
 def test_ids_are_those_of_the_tokenizers_library(text, parse_special, normalize):
     oracle = tokenizers.Tokenizer.from_file(str(HF / "tokenizer.json"))
@@ -77,12 +95,17 @@ def test_ids_on_the_real_vocabulary_are_those_of_the_tokenizers_library(real, re
     """Mixed scripts and code, in runs long enough for deep merging."""
     metadata = read_gguf(real_file).metadata
     tokens, merges = (list(metadata[f"tokenizer.ggml.{key}"]) for key in ("tokens", "merges"))
-    oracle = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)},
-                                                        [tuple(m.split(" ")) for m in merges]))
+    oracle = tokenizers.Tokenizer(
+        tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges])
+    )
     oracle.pre_tokenizer = tokenizers.Tokenizer.from_file(str(HF / "tokenizer.json")).pre_tokenizer
     types = metadata["tokenizer.ggml.token_type"]
-    oracle.add_tokens([tokenizers.AddedToken(tokens[i], normalized=False, special=bool(types[i] == 3))
-                       for i in np.flatnonzero((types == 3) | (types == 4))])
+    oracle.add_tokens(
+        [
+            tokenizers.AddedToken(tokens[i], normalized=False, special=bool(types[i] == 3))
+            for i in np.flatnonzero((types == 3) | (types == 4))
+        ]
+    )
     words = [word for row in REAL_STRINGS for word in row["text"].split(" ")] + PIECES
     rng = random.Random(4)
     for _ in range(200):
@@ -143,8 +166,11 @@ def test_the_real_vocabulary_is_decoded_once_and_not_before_it_is_used(real_file
     The peak memory of the first encode: the two dicts kept, by the sizes of their parts, and half as much again while a
     dict is enlarged."""
     decoded, decode = [], StringArray._decoded
-    monkeypatch.setattr(StringArray, "_decoded", lambda self, starts, ends: (
-        decoded.append(text) or text for text in decode(self, starts, ends)))
+    monkeypatch.setattr(
+        StringArray,
+        "_decoded",
+        lambda self, starts, ends: (decoded.append(text) or text for text in decode(self, starts, ends)),
+    )
     tokenizer = load_tokenizer(real_file)
     assert len(decoded) <= 3
     decoded.clear()
@@ -159,13 +185,16 @@ def test_the_real_vocabulary_is_decoded_once_and_not_before_it_is_used(real_file
     decoded.clear()
     tokenizer.encode("The second text needs no further string of the file.")
     assert not decoded
-    kept = sum(sys.getsizeof(table) + sum(map(sys.getsizeof, table)) + sum(map(sys.getsizeof, table.values()))
-               for table in (tokenizer._ids, tokenizer._ranks))
+    kept = sum(
+        sys.getsizeof(table) + sum(map(sys.getsizeof, table)) + sum(map(sys.getsizeof, table.values()))
+        for table in (tokenizer._ids, tokenizer._ranks)
+    )
     assert peak < 1.5 * kept, (peak, kept)
 
 
 class Counted(dict):
     """A dict that counts how often it is asked for a key."""
+
     lookups = 0
 
     def get(self, key, default=None):
@@ -214,13 +243,23 @@ def test_metadata_made_from_tokenizer_json_loads_back(tmp_path):
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes, reason", [
-    ({"pre": "llama-bpe"}, "'llama-bpe' is unknown: known are qwen35"), ({"pre": None}, "known are qwen35"),
-    ({"pre": np.arange(3)}, "known are qwen35"), ({"model": "llama"}, "no byte-level BPE"),
-    ({"model": None}, "no byte-level BPE"), ({"tokens": None}, "no byte-level BPE"),
-    ({"tokens": 7}, "no byte-level BPE"), ({"merges": np.arange(3)}, "no byte-level BPE"),
-    ({"token_type": None}, "token_type"), ({"token_type": 1}, "token_type"),
-    ({"token_type": np.ones(479, np.int32)}, "token_type")])
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"pre": "llama-bpe"}, "'llama-bpe' is unknown: known are qwen35"),
+        ({"pre": None}, "known are qwen35"),
+        ({"pre": np.arange(3)}, "known are qwen35"),
+        ({"model": "llama"}, "no byte-level BPE"),
+        ({"model": None}, "no byte-level BPE"),
+        ({"tokens": None}, "no byte-level BPE"),
+        ({"tokens": 7}, "no byte-level BPE"),
+        ({"merges": np.arange(3)}, "no byte-level BPE"),
+        ({"token_type": None}, "token_type"),
+        ({"token_type": 1}, "token_type"),
+        ({"token_type": np.ones(479, np.int32)}, "token_type"),
+    ],
+)
 def test_vocabulary_that_is_not_known_is_refused(changes, reason, tmp_path):
     metadata = read_gguf(FIXTURES / "eq/eq-f32.gguf").metadata
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
@@ -232,7 +271,7 @@ def test_vocabulary_that_is_not_known_is_refused(changes, reason, tmp_path):
 
 def test_special_ids_out_of_range_are_ignored(tmp_path):
     metadata = read_gguf(FIXTURES / "eq/eq-f32.gguf").metadata
-    metadata |= {"tokenizer.ggml.eos_token_id": 10 ** 6, "tokenizer.ggml.eot_token_id": "x"}
+    metadata |= {"tokenizer.ggml.eos_token_id": 10**6, "tokenizer.ggml.eot_token_id": "x"}
     metadata |= {"tokenizer.chat_template": 5}
     write_gguf(tmp_path / "a.gguf", metadata, {})
     tokenizer = load_tokenizer(tmp_path / "a.gguf")
@@ -247,13 +286,24 @@ def test_merges_beyond_the_vocabulary_are_refused():
         tokenizer.encode("ab")
 
 
-@pytest.mark.parametrize("text, reason", [
-    (None, "cannot be read"), ("{", "cannot be read"), ("[]", "cannot be read"), ("{}", "pre-tokenizer is unknown"),
-    (lambda hf: hf["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+"), "pre-tokenizer is unknown"),
-    (lambda hf: hf["model"].update(type="Unigram"), "Unigram"), (lambda hf: hf["model"].pop("merges"), "'merges'"),
-    (lambda hf: hf["model"]["vocab"].update(far=10 ** 12), "do not fit"),
-    (lambda hf: hf["added_tokens"].append({}), "'content' is missing"),
-    (lambda hf: hf["added_tokens"][0].update(id=-3), "do not fit")])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ("{}", "pre-tokenizer is unknown"),
+        (
+            lambda hf: hf["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+"),
+            "pre-tokenizer is unknown",
+        ),
+        (lambda hf: hf["model"].update(type="Unigram"), "Unigram"),
+        (lambda hf: hf["model"].pop("merges"), "'merges'"),
+        (lambda hf: hf["model"]["vocab"].update(far=10**12), "do not fit"),
+        (lambda hf: hf["added_tokens"].append({}), "'content' is missing"),
+        (lambda hf: hf["added_tokens"][0].update(id=-3), "do not fit"),
+    ],
+)
 def test_tokenizer_json_that_is_not_known_is_refused(text, reason, tmp_path):
     if callable(text):
         hf = json.loads((HF / "tokenizer.json").read_text())
@@ -268,7 +318,7 @@ def test_tokenizer_json_that_is_not_known_is_refused(text, reason, tmp_path):
 
 @pytest.mark.parametrize("damage", ["pre", "token"])
 def test_a_long_value_of_a_file_is_not_repeated_in_full(damage, tmp_path):
-    metadata, long = read_gguf(FIXTURES / "eq/eq-f32.gguf").metadata, "x" * 10 ** 6
+    metadata, long = read_gguf(FIXTURES / "eq/eq-f32.gguf").metadata, "x" * 10**6
     twice = [long, long, *metadata["tokenizer.ggml.tokens"][2:]]
     metadata |= {"tokenizer.ggml.pre": long} if damage == "pre" else {"tokenizer.ggml.tokens": twice}
     write_gguf(tmp_path / "a.gguf", metadata, {})

@@ -1,4 +1,5 @@
 """Traces of whole models: against HF's committed numbers; and diff, against mistakes planted one at a time."""
+
 import json
 import re
 from dataclasses import replace
@@ -16,11 +17,11 @@ from deltanet_ref.oracle.diff import diff_traces, drift
 from deltanet_ref.oracle.trace import read_trace, trace, trace_table, write_trace
 from tests import trace_faults
 from tests.paths import FIXTURES
-from tests.trace_faults import CONFIG, FAULTS, TOKENS
 from tests.tolerances import relative
+from tests.trace_faults import CONFIG, FAULTS, TOKENS
 
 every_model = pytest.mark.parametrize("name", ["eq", "grouped"])
-STORED = 1e-7                 # the goldens are rounded to float32, 6e-8 relative
+STORED = 1e-7  # the goldens are rounded to float32, 6e-8 relative
 
 
 def golden_tokens(name):
@@ -34,8 +35,12 @@ def golden(name, file):
 @pytest.fixture(scope="module")
 def traces():
     """float64 traces of t65, backward included, of the fixtures' HF directories."""
-    return {name: trace(dr.load_model(FIXTURES / name / "hf", backend="numpy", dtype="float64"), golden_tokens(name),
-                        backward=True) for name in ("eq", "grouped")}
+    return {
+        name: trace(
+            dr.load_model(FIXTURES / name / "hf", backend="numpy", dtype="float64"), golden_tokens(name), backward=True
+        )
+        for name in ("eq", "grouped")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +50,7 @@ def ours():
 
 
 # ---- what a trace holds
+
 
 @every_model
 def test_a_trace_holds_every_name_of_the_table_in_its_order_and_shape(traces, name):
@@ -71,7 +77,7 @@ def test_gradients_of_parameters_and_embeddings_equal_hf_in_hf_order(traces, nam
     assert relative(trace.tensors["d.embed"], gold["t65/grad/inputs_embeds"]) < STORED
     for spec in expected_tensors(trace.config).values():
         gradient, A_log = trace.tensors[f"d.{spec.name}"], None
-        if spec.value == "minus_exp":                          # g is proportional to exp(A_log)
+        if spec.value == "minus_exp":  # g is proportional to exp(A_log)
             block = spec.name.removesuffix("ssm_a")
             A_log = (trace.tensors[f"{block}g"] * trace.tensors[f"d.{block}g"]).sum(0)
         theirs = gold[f"t65/grad/{spec.hf_name}"]
@@ -79,8 +85,13 @@ def test_gradients_of_parameters_and_embeddings_equal_hf_in_hf_order(traces, nam
 
 
 # parameter: the gradient at its output, its input. The weight's gradient is their product, which HF computed.
-DELTA_MAPS = {"attn_qkv": ("qkv", "attn_norm"), "attn_gate": ("z", "attn_norm"), "ssm_beta": ("b", "attn_norm"),
-              "ssm_alpha": ("a", "attn_norm"), "ssm_out": ("mid", "o_gated")}
+DELTA_MAPS = {
+    "attn_qkv": ("qkv", "attn_norm"),
+    "attn_gate": ("z", "attn_norm"),
+    "ssm_beta": ("b", "attn_norm"),
+    "ssm_alpha": ("a", "attn_norm"),
+    "ssm_out": ("mid", "o_gated"),
+}
 ATTENTION_MAPS = {"attn_k": ("k_proj", "attn_norm"), "attn_v": ("v", "attn_norm"), "attn_output": ("mid", "o_gated")}
 FFN_MAPS = {"ffn_gate": ("ffn_gate", "ffn_norm"), "ffn_up": ("ffn_up", "ffn_norm"), "ffn_down": ("out", "ffn_act")}
 
@@ -90,6 +101,7 @@ def test_activations_and_their_gradients_give_hfs_weight_gradients(traces, name)
     trace, gold = traces[name], golden(name, "hf_grads")
     specs = expected_tensors(trace.config)
     for i, kind in enumerate(trace.config.layer_types):
+
         def rows(tensor):
             return trace.tensors[tensor].reshape(65, -1)
 
@@ -155,6 +167,7 @@ def test_the_page_lists_every_name_with_its_shape_and_meaning():
 
 # ---- diff: correct ones pass
 
+
 def test_a_trace_equals_itself(ours):
     result = diff_traces(ours, ours)
     assert result.equal() and {(row.status, row.worst) for row in result.rows} == {("ok", 0)}
@@ -190,8 +203,13 @@ def test_a_trace_in_tiled_order_is_brought_to_grouped(ours):
         if "H_v" not in axes:
             return x
         axis = axes.index("H_v")
-        return np.moveaxis(x, axis, 0).reshape(H_k, R, -1).swapaxes(0, 1).reshape(H_k * R, *np.delete(x.shape, axis)) \
+        return (
+            np.moveaxis(x, axis, 0)
+            .reshape(H_k, R, -1)
+            .swapaxes(0, 1)
+            .reshape(H_k * R, *np.delete(x.shape, axis))
             .transpose(*range(1, axis + 1), 0, *range(axis + 1, x.ndim))
+        )
 
     forward = {name: x for name, x in ours.tensors.items() if not name.startswith("d.")}
     theirs = ours._replace(tensors={name: tiled(name, x) for name, x in forward.items()}, head_order="tiled")
@@ -201,6 +219,7 @@ def test_a_trace_in_tiled_order_is_brought_to_grouped(ours):
 
 # ---- diff: mistakes are found and named
 
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_mistake_is_found_where_it_is_and_named(ours, fault):
     tensor, words, plant = FAULTS[fault]
@@ -209,11 +228,13 @@ def test_a_mistake_is_found_where_it_is_and_named(ours, fault):
     assert (result.first().name, result.first().status) == (tensor, "DIFF")
     assert words in result.reasons[0]
     order = list(ours.tensors)
-    assert all(row.status == "ok" for row in result.rows[:order.index(tensor)])
+    assert all(row.status == "ok" for row in result.rows[: order.index(tensor)])
 
 
-@pytest.mark.parametrize("tensor", ["embed", "blk.0.conv", "blk.0.g", "blk.0.o", "blk.1.q", "blk.2.S", "logits",
-                                    "d.blk.0.k", "d.blk.1.attn_q.weight"])
+@pytest.mark.parametrize(
+    "tensor",
+    ["embed", "blk.0.conv", "blk.0.g", "blk.0.o", "blk.1.q", "blk.2.S", "logits", "d.blk.0.k", "d.blk.1.attn_q.weight"],
+)
 def test_an_unknown_mistake_gets_no_reason(ours, tensor):
     x = ours.tensors[tensor]
     noise = np.random.default_rng(8).standard_normal(x.shape) * np.sqrt(np.mean(x * x))
@@ -249,7 +270,11 @@ def test_missing_misshapen_and_nonfinite_tensors_are_told_apart(ours):
     result = diff_traces(ours, ours._replace(tensors=theirs))
     status = {row.name: row for row in result.rows if row.status != "ok"}
     assert {name: row.status for name, row in status.items()} == {
-        "blk.0.beta": "MISSING", "blk.1.q": "SHAPE", "blk.2.S": "SHAPE", "output_norm": "NONFINITE"}
+        "blk.0.beta": "MISSING",
+        "blk.1.q": "SHAPE",
+        "blk.2.S": "SHAPE",
+        "output_norm": "NONFINITE",
+    }
     assert status["blk.2.S"].where == "(6, 5, 8) instead of (6, 8, 5): the axes are transposed"
     assert status["output_norm"].token == 17
     assert result.unknown == ["blk.0.betta"] and result.first().name == "blk.1.q"
@@ -263,12 +288,13 @@ def test_what_is_missing_fails_unless_that_is_allowed(ours):
 
 # ---- drift
 
+
 def test_a_correct_model_does_not_drift():
     directory = FIXTURES / "grouped" / "hf"
     narrow, wide = (dr.load_model(directory, backend="numpy", dtype=dtype) for dtype in ("float32", "float64"))
     rows = drift(narrow, wide, golden_tokens("grouped"))
     assert [row.layer for row in rows] == ["blk.0", "blk.1", "blk.2", "blk.3", "output_norm"]
-    assert all(0 < row.decode < 2e-6 and 0 < row.dtype < 2e-6 for row in rows)       # README of the fixtures: 1.1e-6
+    assert all(0 < row.decode < 2e-6 and 0 < row.dtype < 2e-6 for row in rows)  # README of the fixtures: 1.1e-6
     exact = drift(wide, wide, golden_tokens("grouped"))
     assert all(row.decode < 1e-13 and row.dtype == 0 for row in exact)
 
@@ -283,6 +309,7 @@ def test_a_wrong_decode_step_shows_as_drift_from_the_first_delta_layer_on():
 
 
 # ---- the command line
+
 
 def run(capsys, *words):
     capsys.readouterr()
@@ -303,8 +330,18 @@ def files(tmp_path, ours):
 def test_the_commands_write_and_compare_traces(capsys, tmp_path):
     model, ids = FIXTURES / "grouped" / "grouped-q8_0.gguf", "17,401,3,250,88,9"
     for dtype in ("float32", "float64"):
-        status, out, err = run(capsys, "trace", model, "--tokens", ids, "--backward", "--dtype", dtype,
-                               "-o", tmp_path / f"{dtype}.safetensors")
+        status, out, err = run(
+            capsys,
+            "trace",
+            model,
+            "--tokens",
+            ids,
+            "--backward",
+            "--dtype",
+            dtype,
+            "-o",
+            tmp_path / f"{dtype}.safetensors",
+        )
         assert (status, err) == (0, "") and "6 tokens" in out
     written = read_trace(tmp_path / "float32.safetensors")
     assert (written.tokens, written.dtype, written.model) == ([17, 401, 3, 250, 88, 9], "float32", str(model))
@@ -357,7 +394,7 @@ BAD = [
     ("trace {d}/absent.gguf --tokens 1 -o {d}/t.safetensors", "absent.gguf"),
     ("diff {d}/ours.safetensors", "two traces"),
     ("diff {d}/ours.safetensors {d}/absent.safetensors", "absent.safetensors"),
-    ("diff {d}/ours.safetensors {hf}", "is no trace"),
+    ("diff {d}/ours.safetensors {hf}", "is not a trace"),
     ("diff {d}/ours.safetensors {d}/cut.safetensors", "cut.safetensors"),
     ("diff {d}/ours.safetensors {d}/damaged.safetensors", "damaged or incomplete"),
     ("diff {d}/ours.safetensors {d}/others.safetensors", "different tokens"),
@@ -385,8 +422,10 @@ def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, ours, command, rea
     whole = (tmp_path / "ours.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:40])
     (tmp_path / "damaged.safetensors").write_bytes(whole.replace(b"hidden_size", b"hidden_sise"))
-    words = [word.format(d=tmp_path, model=FIXTURES / "eq" / "eq-f32.gguf", hf=FIXTURES / "eq" / "hf").strip("'")
-             for word in command.split()]
+    words = [
+        word.format(d=tmp_path, model=FIXTURES / "eq" / "eq-f32.gguf", hf=FIXTURES / "eq" / "hf").strip("'")
+        for word in command.split()
+    ]
     status, out, err = run(capsys, *words)
     assert (status, out) == (2, "")
     assert err.startswith("deltanet-ref: error: ") and err.count("\n") == 1 and reason in err

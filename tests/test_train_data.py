@@ -3,8 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from deltanet_ref.errors import LONGEST, InputError
 from deltanet_ref.formats.tokenizer import load_tokenizer
@@ -28,15 +27,22 @@ def trained(example):
 CHAT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n"
 
 
-@pytest.mark.parametrize("row, text, learnt", [
-    ({"text": "abc def"}, "abc def<|im_end|>", "abc def<|im_end|>"),
-    ({"prompt": "abc", "completion": " def"}, "abc def<|im_end|>", " def<|im_end|>"),
-    ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Add.\n\n1 2\n\n3<|im_end|>", "3<|im_end|>"),
-    ({"instruction": "Go.", "output": "ok"}, "Go.\n\nok<|im_end|>", "ok<|im_end|>"),
-    ({"instruction": "Go.", "input": "", "output": "ok"}, "Go.\n\nok<|im_end|>", "ok<|im_end|>"),
-    ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}, CHAT, "Ho<|im_end|>"),
-    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, CHAT, "Ho<|im_end|>"),
-])
+@pytest.mark.parametrize(
+    "row, text, learnt",
+    [
+        ({"text": "abc def"}, "abc def<|im_end|>", "abc def<|im_end|>"),
+        ({"prompt": "abc", "completion": " def"}, "abc def<|im_end|>", " def<|im_end|>"),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Add.\n\n1 2\n\n3<|im_end|>", "3<|im_end|>"),
+        ({"instruction": "Go.", "output": "ok"}, "Go.\n\nok<|im_end|>", "ok<|im_end|>"),
+        ({"instruction": "Go.", "input": "", "output": "ok"}, "Go.\n\nok<|im_end|>", "ok<|im_end|>"),
+        (
+            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+            CHAT,
+            "Ho<|im_end|>",
+        ),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, CHAT, "Ho<|im_end|>"),
+    ],
+)
 def test_each_kind_of_row_trains_on_what_its_table_says(row, text, learnt):
     example = encode_row(row, TOKENIZER)
     assert (TOKENIZER.decode(example.tokens), trained(example)) == (text, learnt)
@@ -51,33 +57,42 @@ def test_prompt_is_encoded_as_generate_encodes_it():
     assert example.tokens.tolist()[: len(TOKENIZER.encode(prompt))] == TOKENIZER.encode(prompt)
 
 
-@pytest.mark.parametrize("row, reason", [
-    ([1], "must be a JSON object, this is a list"),
-    ({}, "has no fields"),
-    ({"question": "?"}, "has 'question'; a row needs text"),
-    ({"text": ""}, "text is empty"),
-    ({"text": 3}, "text must be text, it is a number"),
-    ({"text": None}, "text must be text, it is null"),
-    ({"prompt": "a"}, "completion is missing"),
-    ({"prompt": "a", "completion": ""}, "completion is empty"),
-    ({"prompt": [{"role": "user"}], "completion": "b"}, "prompt must be text, it is a list"),
-    ({"completion": "a"}, "prompt is missing"),
-    ({"instruction": "a"}, "output is missing"),
-    ({"messages": []}, "must be a non-empty list"),
-    ({"messages": "hello"}, "must be a non-empty list"),
-    ({"messages": ["hello"]}, "message 1 needs a role"),
-    ({"messages": [{"role": "bot", "content": "x"}]}, "message 1 needs a role, one of system, user, assistant, tool"),
-    ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
-    ({"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, r"message 1 \(user\) has no content"),
-    ({"conversations": [{"from": "alien", "value": "x"}]}, "turn from 'alien'"),
-    ({"conversations": [{"from": "gpt", "text": "x"}]}, "value is missing"),
-    ({"conversations": [{"from": ["human"], "value": "x"}]}, r"turn from \['human'\]; use one of human, user"),
-    ({"conversations": [{"from": "x" * 10 ** 7, "value": "x"}]}, r"turn from 'x{90,100}\.\.\.x{90,100}'; use one of"),
-    ({"messages": [{"role": "assistant"}]}, r"message 1 \(assistant\) has no content"),
-    ({"messages": [{"role": "assistant", "content": 7, "tool_calls": [1]}]}, r"\(assistant\) has a number as content"),
-    ({"x" * 10 ** 7: 1}, r"^has 'x{90,100}\.\.\.x{90,100}'; a row needs text"),
-    ({"text": "\ud800"}, "lone surrogate"),
-])
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ([1], "must be a JSON object, this is a list"),
+        ({}, "has no fields"),
+        ({"question": "?"}, "has 'question'; a row needs text"),
+        ({"text": ""}, "text is empty"),
+        ({"text": 3}, "text must be text, it is a number"),
+        ({"text": None}, "text must be text, it is null"),
+        ({"prompt": "a"}, "completion is missing"),
+        ({"prompt": "a", "completion": ""}, "completion is empty"),
+        ({"prompt": [{"role": "user"}], "completion": "b"}, "prompt must be text, it is a list"),
+        ({"completion": "a"}, "prompt is missing"),
+        ({"instruction": "a"}, "output is missing"),
+        ({"messages": []}, "must be a non-empty list"),
+        ({"messages": "hello"}, "must be a non-empty list"),
+        ({"messages": ["hello"]}, "message 1 needs a role"),
+        (
+            {"messages": [{"role": "bot", "content": "x"}]},
+            "message 1 needs a role, one of system, user, assistant, tool",
+        ),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, r"message 1 \(user\) has no content"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "turn from 'alien'"),
+        ({"conversations": [{"from": "gpt", "text": "x"}]}, "value is missing"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, r"turn from \['human'\]; use one of human, user"),
+        ({"conversations": [{"from": "x" * 10**7, "value": "x"}]}, r"turn from 'x{90,100}\.\.\.x{90,100}'; use one of"),
+        ({"messages": [{"role": "assistant"}]}, r"message 1 \(assistant\) has no content"),
+        (
+            {"messages": [{"role": "assistant", "content": 7, "tool_calls": [1]}]},
+            r"\(assistant\) has a number as content",
+        ),
+        ({"x" * 10**7: 1}, r"^has 'x{90,100}\.\.\.x{90,100}'; a row needs text"),
+        ({"text": "\ud800"}, "lone surrogate"),
+    ],
+)
 def test_bad_row_is_refused_with_its_reason(row, reason):
     with pytest.raises(InputError, match=reason):
         encode_row(row, TOKENIZER)
@@ -86,18 +101,38 @@ def test_bad_row_is_refused_with_its_reason(row, reason):
 # One row of each kind, with every field that is looked at; any JSON value may stand in any place of them.
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 ROWS = [
-    {"text": "abc"}, {"prompt": "a", "completion": "b"}, {"instruction": "a", "input": "b", "output": "c"},
-    {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]},
-                  {"role": "assistant", "content": "<think>\nc\n</think>\nd", "reasoning_content": "c",
-                   "tool_calls": [CALL]},
-                  {"role": "tool", "content": "e"}, {"role": "assistant", "content": "f"}],
-     "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
-    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "tools": None}]
+    {"text": "abc"},
+    {"prompt": "a", "completion": "b"},
+    {"instruction": "a", "input": "b", "output": "c"},
+    {
+        "messages": [
+            {"role": "system", "content": "a"},
+            {"role": "user", "content": [{"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": "<think>\nc\n</think>\nd", "reasoning_content": "c", "tool_calls": [CALL]},
+            {"role": "tool", "content": "e"},
+            {"role": "assistant", "content": "f"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    },
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "tools": None},
+]
 WORDS = sorted({"</think>", "<|im_end|>", *(text for row in ROWS for text in json.dumps(row).split('"')[1::2])})
-SCALARS = (st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from([10 ** 400, 2 ** 63, -1])
-           | st.sampled_from(WORDS) | st.text(st.characters(), max_size=5))      # lone surrogates too
-JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3)
-                    | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=3), inner, max_size=3), max_leaves=6)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from([10**400, 2**63, -1])
+    | st.sampled_from(WORDS)
+    | st.text(st.characters(), max_size=5)
+)  # lone surrogates too
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
 
 
 @st.composite
@@ -166,13 +201,16 @@ def test_directory_is_read_by_splits(tmp_path):
     assert texts == {"train": ["a"], "test": ["b"]}
 
 
-@pytest.mark.parametrize("make, reason", [
-    (lambda d: d / "absent", "no such file"),
-    (lambda d: d, "contains none of train.jsonl, valid.jsonl, test.jsonl"),
-    (lambda d: write(d / "d.jsonl", "", " "), "contains no rows"),
-    (lambda d: write(d / "d.jsonl", "[" * 100_000), "nested too deeply"),
-    (lambda d: write(d / "d.jsonl", '{"text": ' + "7" * 5000 + "}"), "d.jsonl:1: not usable: Exceeds the limit"),
-])
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda d: d / "absent", "no such file"),
+        (lambda d: d, "contains none of train.jsonl, valid.jsonl, test.jsonl"),
+        (lambda d: write(d / "d.jsonl", "", " "), "contains no rows"),
+        (lambda d: write(d / "d.jsonl", "[" * 100_000), "nested too deeply"),
+        (lambda d: write(d / "d.jsonl", '{"text": ' + "7" * 5000 + "}"), "d.jsonl:1: not usable: Exceeds the limit"),
+    ],
+)
 def test_data_that_is_not_there_is_refused(tmp_path, make, reason):
     with pytest.raises(InputError, match=reason):
         read_dataset(make(tmp_path))

@@ -32,8 +32,15 @@ class Quadratic:
 
 def run(batches, steps, loss_and_grads=None, **options):
     problem = Quadratic()
-    history = fit(problem.parameters, loss_and_grads or problem, batches, steps=steps, optimizer=AdamW(),
-                  schedule=lambda step: 0.1 / step, **options)
+    history = fit(
+        problem.parameters,
+        loss_and_grads or problem,
+        batches,
+        steps=steps,
+        optimizer=AdamW(),
+        schedule=lambda step: 0.1 / step,
+        **options,
+    )
     return problem.parameters["w"], history
 
 
@@ -69,8 +76,16 @@ def test_a_step_that_is_not_finite_stops_the_run_and_changes_nothing(bad, where)
         return loss, gradients
 
     with pytest.raises(Diverged, match="iteration 3.*lower the learning rate"):
-        fit(problem.parameters, explodes, [batch(1, 2)] * 5, steps=5, optimizer=AdamW(), schedule=lambda step: 0.1,
-            save=lambda: saves.append(1), save_every=3)
+        fit(
+            problem.parameters,
+            explodes,
+            [batch(1, 2)] * 5,
+            steps=5,
+            optimizer=AdamW(),
+            schedule=lambda step: 0.1,
+            save=lambda: saves.append(1),
+            save_every=3,
+        )
     assert np.array_equal(problem.parameters["w"], seen[-1]) and not saves
 
 
@@ -82,13 +97,26 @@ def test_first_interrupt_lets_the_step_end_and_the_second_does_not():
         signal.raise_signal(signal.SIGINT)
         return problem(batch)
 
-    history = fit(problem.parameters, interrupts_in_the_middle, [batch(1)] * 5, steps=5, optimizer=AdamW(),
-                  schedule=lambda step: 0.1, log_every=100)
+    history = fit(
+        problem.parameters,
+        interrupts_in_the_middle,
+        [batch(1)] * 5,
+        steps=5,
+        optimizer=AdamW(),
+        schedule=lambda step: 0.1,
+        log_every=100,
+    )
     assert history.interrupted and len(history.losses) == 1
     assert np.all(problem.parameters["w"] != 0)  # the update was made
     with pytest.raises(KeyboardInterrupt):
-        fit(problem.parameters, lambda b: [interrupts_in_the_middle(b) for _ in range(2)][0], [batch(1)] * 5, steps=5,
-            optimizer=AdamW(), schedule=lambda step: 0.1)
+        fit(
+            problem.parameters,
+            lambda b: [interrupts_in_the_middle(b) for _ in range(2)][0],
+            [batch(1)] * 5,
+            steps=5,
+            optimizer=AdamW(),
+            schedule=lambda step: 0.1,
+        )
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -113,8 +141,16 @@ def test_records_cover_every_iteration_once_and_weight_losses_by_tokens():
 
 def test_validation_comes_first_then_regularly_and_last_and_saves_come_between():
     order = []
-    run([batch(1)] * 8, 8, evaluate=lambda: order.append("val") or 0.5, eval_every=3, save=lambda: order.append("save"),
-        save_every=2, on_step=lambda iteration, loss: order.append(iteration), log_every=100)
+    run(
+        [batch(1)] * 8,
+        8,
+        evaluate=lambda: order.append("val") or 0.5,
+        eval_every=3,
+        save=lambda: order.append("save"),
+        save_every=2,
+        on_step=lambda iteration, loss: order.append(iteration),
+        log_every=100,
+    )
     assert order == ["val", 1, 2, "save", 3, "val", 4, "save", 5, 6, "val", "save", 7, 8, "val"]
 
 

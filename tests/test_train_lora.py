@@ -6,8 +6,8 @@ import pytest
 
 import deltanet_ref as dr
 from deltanet_ref.train.batches import IGNORED, Example
-from deltanet_ref.train.lora import TrainOptions, prepare, read_rows, train
 from deltanet_ref.train.loop import EvalRecord, TrainRecord
+from deltanet_ref.train.lora import TrainOptions, prepare, read_rows, train
 from deltanet_ref.train.report import format_count, format_peaks, format_record, format_trainable, text_plot
 from tests.paths import FIXTURES
 
@@ -117,14 +117,21 @@ def test_the_report_separates_the_peaks_of_loading_compiling_and_training():
         report = train(model, dr.new_adapter(model, rank=2, targets="attn_qkv"), ROWS, steps=steps)
         assert list(report.peak_memory) == phases and all(peak > 1e6 for peak in report.peak_memory.values())
     assert format_peaks({"load": 610_000_000, "first step": 1_415_000_000}) == (
-        "Peak memory: load 0.61 GB, first step 1.42 GB")
+        "Peak memory: load 0.61 GB, first step 1.42 GB"
+    )
 
 
 def test_epochs_say_how_many_steps():
     for epochs, accumulation, steps in ((1, 1, 3), (2, 1, 6), (0.5, 1, 2), (2, 4, 2), (0.01, 1, 1)):
         model = load()
-        report = train(model, dr.new_adapter(model, rank=2, targets="attn_qkv"), ROWS, epochs=epochs, batch_size=4,
-                       grad_accumulation=accumulation)
+        report = train(
+            model,
+            dr.new_adapter(model, rank=2, targets="attn_qkv"),
+            ROWS,
+            epochs=epochs,
+            batch_size=4,
+            grad_accumulation=accumulation,
+        )
         assert report.steps == steps
 
 
@@ -142,19 +149,22 @@ def test_validation_rows_come_from_the_directory_or_are_held_out(tmp_path):
     assert [len(splits[split]) for split in ("train", "valid")] == [11, 0]
 
 
-@pytest.mark.parametrize("options, reason", [
-    ({"lerning_rate": 1}, "unknown options lerning_rate"),
-    ({"steps": 0}, "`steps` is 0, it must be at least 1"),
-    ({"steps": "many"}, "`steps` is 'many', it must be at least 1"),
-    ({"steps": 1, "epochs": 1}, "give one"),
-    ({"lr": float("nan")}, "`lr` is nan, it must be above 0"),
-    ({"epochs": -1}, "`epochs` is -1"),
-    ({"schedule": "cubic"}, "one of constant, linear, cosine"),
-    ({"val_fraction": 1.0}, "below 1"),
-    ({"val_fraction": 0.99}, "`val_fraction` 0.99 holds out 11 rows, all of them"),
-    ({"seq_len": 1025}, "`seq_len` is 1025, it must be from 2 to the model's context of 1024"),
-    ({"seq_len": 4}, "row 1: .* tokens are more than `seq_len` 4: .* `truncate=True` .and 10 more"),
-])
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"lerning_rate": 1}, "unknown options lerning_rate"),
+        ({"steps": 0}, "`steps` is 0, it must be at least 1"),
+        ({"steps": "many"}, "`steps` is 'many', it must be at least 1"),
+        ({"steps": 1, "epochs": 1}, "give one"),
+        ({"lr": float("nan")}, "`lr` is nan, it must be above 0"),
+        ({"epochs": -1}, "`epochs` is -1"),
+        ({"schedule": "cubic"}, "one of constant, linear, cosine"),
+        ({"val_fraction": 1.0}, "below 1"),
+        ({"val_fraction": 0.99}, "`val_fraction` 0.99 holds out 11 rows, all of them"),
+        ({"seq_len": 1025}, "`seq_len` is 1025, it must be from 2 to the model's context of 1024"),
+        ({"seq_len": 4}, "row 1: .* tokens are more than `seq_len` 4: .* `truncate=True` .and 10 more"),
+    ],
+)
 def test_bad_option_is_refused_before_training(options, reason):
     model = load()
     adapter = dr.new_adapter(model, rank=2)
@@ -166,7 +176,8 @@ def test_bad_option_is_refused_before_training(options, reason):
 def test_log_lines_have_the_form_people_parse():
     assert format_record(TrainRecord(10, 2.3456, 2e-4, 1.5, 1234.5, 6789, 4_200_000_000)) == (
         "Iter 10: Train loss 2.346, Learning Rate 2.000e-04, It/sec 1.500, Tokens/sec 1234.500, Trained Tokens 6789, "
-        "Peak mem 4.200 GB")
+        "Peak mem 4.200 GB"
+    )
     assert format_record(EvalRecord(1, 2.5, 0.125)) == "Iter 1: Val loss 2.500, Val took 0.125s"
     assert format_trainable(3_190_000, 755_000_000) == "Trainable parameters: 0.42% (3.19M/755M)"
     assert [format_count(n) for n in (42, 18_528, 999_700, 4_123_456_789)] == ["42", "18.5k", "1000k", "4.12B"]

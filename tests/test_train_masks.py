@@ -11,8 +11,10 @@ from tests.paths import FIXTURES
 
 CASES = json.loads((FIXTURES / "chat" / "masks.json").read_text())
 QWEN = (FIXTURES / "chat" / "Qwen3.5-4B.jinja").read_text()
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +51,20 @@ def test_marked_tokens_equal_those_of_the_marked_template(tokenizer, case):
 
 def test_thinking_between_tool_calls_is_dropped_by_a_later_question(tokenizer):
     call = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
-    messages = [user("Rain?"), assistant("<think>\nlook first\n</think>\n\n", tool_calls=[call]),
-                {"role": "tool", "content": "grey"}, assistant("Yes.")]
+    messages = [
+        user("Rain?"),
+        assistant("<think>\nlook first\n</think>\n\n", tool_calls=[call]),
+        {"role": "tool", "content": "grey"},
+        assistant("Yes."),
+    ]
     called = "<tool_call>\n<function=look>\n<parameter=at>\nsky\n</parameter>\n</function>\n</tool_call><|im_end|>"
     assert produced(tokenizer, QWEN, messages) == ["look first\n</think>\n\n" + called, "Yes.<|im_end|>"]
     # now the template leaves that thinking out, and the prefix up to the tool's answer renders differently than before
     assert produced(tokenizer, QWEN, messages + [user("Snow?"), assistant("No.")]) == [
-        called, "Yes.<|im_end|>", "No.<|im_end|>"]
+        called,
+        "Yes.<|im_end|>",
+        "No.<|im_end|>",
+    ]
 
 
 def test_what_the_generation_prompt_opens_is_given_even_where_the_message_repeats_it(tokenizer):

@@ -31,4 +31,4 @@ def test_without_the_files_of_linux_the_peak_is_that_of_the_process(monkeypatch,
     for name in ("STATUS", "CLEAR_REFS"):
         monkeypatch.setattr(memory, name, tmp_path / "none" / name)
     whole = memory.start_phase()
-    assert whole == memory.peak_memory() >= 0.99 * peak                    # both count pages, at different moments
+    assert whole == memory.peak_memory() >= 0.99 * peak  # both count pages, at different moments

@@ -1,4 +1,5 @@
 """verify: what it reports of good adapters, which causes it names for bad ones, and what it compares with."""
+
 import json
 from dataclasses import replace
 
@@ -75,7 +76,7 @@ def test_values_too_large_for_float32_are_judged_without_a_warning(grouped, tmp_
         return verify(grouped, tmp_path / "a.gguf", TOKENS)
 
     failing(report(1e30), "the logits with the adapter are not finite")
-    effect = report(1e11).effect            # their squares overflow in the last norm: every logit is 0, merged or live
+    effect = report(1e11).effect  # their squares overflow in the last norm: every logit is 0, merged or live
     assert effect.adapted_loss == pytest.approx(np.log(grouped.config.vocab_size))
     assert effect.distance == pytest.approx(1) and effect.merged_distance == 0
 
@@ -86,13 +87,28 @@ def peft_with(tmp_path, rename):
     return edit_peft(source, tmp_path / "peft", weights)
 
 
-@pytest.mark.parametrize("old, new, parts", [
-    ("model.model.layers", "model.transformer.layers", ["no tensor", "wrong prefix: 'transformer.'", "in 62 names"]),
-    ("model.model.layers.1.", "model.layers.1.", ["partial match: 23 matching, 16", "wrong prefix: ''", "in 16 names"]),
-    (".layers.3.", ".layers.7.", ["partial match", "this model has no 'layers.7.", "number or the kinds of layers"]),
-    ("layers.3.self_attn", "layers.0.self_attn", ["partial match: 27", "no 'layers.0.self_attn"]),
-    ("q_proj.lora_B", "q_proj.lora_C", ["q.weight.lora_b is missing, only its partner"]),
-])
+@pytest.mark.parametrize(
+    "old, new, parts",
+    [
+        (
+            "model.model.layers",
+            "model.transformer.layers",
+            ["no tensor", "wrong prefix: 'transformer.'", "in 62 names"],
+        ),
+        (
+            "model.model.layers.1.",
+            "model.layers.1.",
+            ["partial match: 23 matching, 16", "wrong prefix: ''", "in 16 names"],
+        ),
+        (
+            ".layers.3.",
+            ".layers.7.",
+            ["partial match", "this model has no 'layers.7.", "number or the kinds of layers"],
+        ),
+        ("layers.3.self_attn", "layers.0.self_attn", ["partial match: 27", "no 'layers.0.self_attn"]),
+        ("q_proj.lora_B", "q_proj.lora_C", ["q.weight.lora_b is missing, only its partner"]),
+    ],
+)
 def test_names_that_do_not_match_fail_with_the_likely_cause(grouped, tmp_path, old, new, parts):
     report = verify(grouped, peft_with(tmp_path, lambda key: key.replace(old, new)), TOKENS)
     failing(report, *parts)
@@ -138,7 +154,7 @@ def test_a_weight_of_zeros_has_a_relative_update_of_one():
     assert sizes["blk.1.ffn_up.weight"] == 1 != sizes["blk.0.ffn_up.weight"]
 
 
-@pytest.mark.parametrize("name", ["layers.1." * 10 ** 6, "layers." + "1" * 10 ** 7 + ".self_attn.q_proj.lora_A.weight"])
+@pytest.mark.parametrize("name", ["layers.1." * 10**6, "layers." + "1" * 10**7 + ".self_attn.q_proj.lora_A.weight"])
 def test_a_name_of_megabytes_takes_no_time_and_is_not_repeated(grouped, tmp_path, name):
     """Looking for a module path in the whole name would take 10^12 steps: the test would not end."""
     tensors = load_file(FIXTURES / "grouped" / "lora" / "adapter_model.safetensors")
@@ -151,6 +167,7 @@ def test_a_name_of_megabytes_takes_no_time_and_is_not_repeated(grouped, tmp_path
 
 # ---- comparisons with other outputs
 
+
 @pytest.fixture(scope="module")
 def verified(grouped):
     return verify(grouped, FIXTURES / "grouped" / "lora", TOKENS)
@@ -161,8 +178,10 @@ def test_other_outputs_are_compared_within_what_their_rounding_allows(verified):
     assert not with_comparison(verified, "same", x * (1 + 1e-6), x, limit=0).problems
     assert with_comparison(verified, "off", x * 1.001, x, limit=0).problems
     assert not with_comparison(verified, "rounded", x * 1.001, x, limit=2e-3).problems
-    failing(with_comparison(verified, "lost", x * 1.003, x, limit=2e-3),
-            "lost computes something else: its outputs are 3.0e-03")
+    failing(
+        with_comparison(verified, "lost", x * 1.003, x, limit=2e-3),
+        "lost computes something else: its outputs are 3.0e-03",
+    )
     failing(with_comparison(verified, "nan", x * np.nan, x, limit=2e-3), "nan")
 
 
@@ -179,8 +198,13 @@ def test_llama_cpp_is_compared_or_the_reason_is_given(grouped, verified, monkeyp
 
     def engine(factor):
         def outputs(path, adapter, prompts, scales):
-            return np.stack([log_softmax(np.stack([adapted_logits(grouped, adapter, [p], factor * scale)[-1]
-                                                   for p in prompts])) for scale in scales])
+            return np.stack(
+                [
+                    log_softmax(np.stack([adapted_logits(grouped, adapter, [p], factor * scale)[-1] for p in prompts]))
+                    for scale in scales
+                ]
+            )
+
         return outputs
 
     def compared(path=base):
@@ -213,7 +237,7 @@ def test_llama_cpp_is_compared_or_the_reason_is_given(grouped, verified, monkeyp
 
 
 def test_the_command_exits_with_1_for_a_bad_adapter_and_compares_a_merged_model(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(llama_cpp, "installed", lambda: False)       # tests/peers compares with llama.cpp
+    monkeypatch.setattr(llama_cpp, "installed", lambda: False)  # tests/peers compares with llama.cpp
     base, lora = FIXTURES / "eq" / "eq-f32.gguf", FIXTURES / "eq" / "lora"
     merge(base, [(lora, 0.5)], tmp_path / "m.gguf")
     assert main(["verify", str(base), f"{lora}=0.5", "-p", "a ship", "--merged", str(tmp_path / "m.gguf")]) == 0
@@ -228,6 +252,8 @@ def test_the_command_exits_with_1_for_a_bad_adapter_and_compares_a_merged_model(
     assert main(["verify", str(base), str(FIXTURES / "grouped" / "lora")]) == 1
     out = capsys.readouterr().out
     assert "FAILED: wrong base" in out and "llama.cpp: not compared\n" in out
-    for arguments, match in ((["-p", "a"], "the prompt 'a' has fewer than two tokens"),
-                             (["--prompts", "absent"], "absent")):
+    for arguments, match in (
+        (["-p", "a"], "the prompt 'a' has fewer than two tokens"),
+        (["--prompts", "absent"], "absent"),
+    ):
         assert main(["verify", str(base), str(lora), *arguments]) == 2 and match in capsys.readouterr().err

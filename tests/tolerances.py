@@ -10,9 +10,10 @@ No limit is an error measured on one machine. Each is one of these, and the test
                   magnitude is the sum of their absolute values (`rounding(n) * magnitude`).
   STORED[dtype]   half a unit in the last place, relative: what storing a number in that format may change.
 """
+
 import numpy as np
 
-STORED = {"float64": 2.0 ** -53, "float32": 2.0 ** -24, "float16": 2.0 ** -11, "bfloat16": 2.0 ** -9}
+STORED = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}
 
 
 def half_ulp(dtype):
@@ -85,8 +86,10 @@ def assert_within(name, got, want, bound):
     if len(bad):
         worst = tuple(max(bad, key=lambda i: off[tuple(i)]))
         limit = np.broadcast_to(bound, off.shape)[worst]
-        raise AssertionError(f"{name}: {len(bad)} of {off.size} values beyond their bound; "
-                             f"{_values(got, want, worst)}, off by {off[worst]:.3g}, bound {limit:.3g}")
+        raise AssertionError(
+            f"{name}: {len(bad)} of {off.size} values beyond their bound; "
+            f"{_values(got, want, worst)}, off by {off[worst]:.3g}, bound {limit:.3g}"
+        )
 
 
 def assert_within_floors(names, got, exact, floors, factor):
@@ -96,8 +99,10 @@ def assert_within_floors(names, got, exact, floors, factor):
         _same_shape(name, g, e)
         error = np.linalg.norm(np.subtract(g, e)) if np.isfinite(g).all() else np.inf
         if not error <= factor * floor:
-            failures.append(f"{name}: error of {error / floor if floor else np.inf:.3g} noise floors, limit {factor} "
-                            f"(error {error:.3g}, floor {floor:.3g}); {_largest(g, e)}")
+            failures.append(
+                f"{name}: error of {error / floor if floor else np.inf:.3g} noise floors, limit {factor} "
+                f"(error {error:.3g}, floor {floor:.3g}); {_largest(g, e)}"
+            )
     assert not failures, "\n".join(failures)
 
 

@@ -6,6 +6,7 @@
 Writes training.txt and held-out.txt: one verse per line, without verse numbers, with a blank line between chapters.
 Each chapter is a document. held-out.txt.xz in this directory is the same held-out text, committed for the tests.
 """
+
 import argparse
 import re
 import subprocess
@@ -22,7 +23,7 @@ VERSE = re.compile(r"(\d?[A-Za-z]+)(\d+):(\d+) (.*)")
 
 
 class Chapter(NamedTuple):
-    book: str     # as `bible` abbreviates it
+    book: str  # as `bible` abbreviates it
     number: int
     verses: list[str]
 
@@ -35,8 +36,10 @@ def read_chapters():
     """The whole text from the program `bible`: 1189 chapters in canonical order."""
     dump = subprocess.run(["bible", "-f", "Gen1:1-Rev22:21"], check=True, capture_output=True, encoding="ascii").stdout
     verses = [VERSE.fullmatch(line).groups() for line in dump.splitlines()]
-    return [Chapter(book, int(number), [" ".join(text.split()) for *_, text in chapter])
-            for (book, number), chapter in groupby(verses, key=lambda verse: verse[:2])]
+    return [
+        Chapter(book, int(number), [" ".join(text.split()) for *_, text in chapter])
+        for (book, number), chapter in groupby(verses, key=lambda verse: verse[:2])
+    ]
 
 
 def held_out_chapters():

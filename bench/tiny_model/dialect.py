@@ -7,6 +7,7 @@ Writes adapt.jsonl, evaluate.jsonl and, with the evaluation passages in plain En
 {"text": ...} is a passage of whole verses from one chapter. The split is by chapter, so no verse is in both sets.
 `scottish` is a fixed list of substitutions: the same text always gives the same Scots.
 """
+
 import argparse
 import json
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from corpus import held_out_chapters
 
-PASSAGE = 900                   # bytes: the next verse starts a new passage if it would exceed this
+PASSAGE = 900  # bytes: the next verse starts a new passage if it would exceed this
 
 
 def passages(chapter):
@@ -39,8 +40,11 @@ def main():
     chapters = held_out_chapters()
     evaluate = [passage for chapter in chapters[4::8] for passage in passages(chapter)]
     adapt = [passage for chapter in chapters[1::2] for passage in passages(chapter)]
-    for name, rows in (("adapt", map(to_scots, adapt)), ("evaluate", map(to_scots, evaluate)),
-                       ("evaluate-english", evaluate)):
+    for name, rows in (
+        ("adapt", map(to_scots, adapt)),
+        ("evaluate", map(to_scots, evaluate)),
+        ("evaluate-english", evaluate),
+    ):
         lines = [json.dumps({"text": text}) + "\n" for text in rows]
         (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{directory / name}.jsonl: {len(lines)} passages, {sum(map(len, lines)):,} bytes")

@@ -4,6 +4,7 @@
 
 Needs only the package and the committed files. tests/test_demo.py recomputes the figures and compares them.
 """
+
 import hashlib
 import json
 import lzma
@@ -18,8 +19,8 @@ from deltanet_ref.train.evaluate import mean_loss
 from deltanet_ref.train.pretrain import encode_documents, windows
 
 HERE = Path(__file__).parent
-WINDOW = 512                    # tokens, as in training
-SMALL_RANK = 4                  # rank of the committed adapter
+WINDOW = 512  # tokens, as in training
+SMALL_RANK = 4  # rank of the committed adapter
 
 
 def bits_per_byte(model, texts):
@@ -32,8 +33,12 @@ def bits_per_byte(model, texts):
 def main():
     model = dr.load_model(demo.MODEL)
     chapters = lzma.decompress((HERE / "held-out.txt.xz").read_bytes()).decode().rstrip("\n").split("\n\n")
-    results = {"model_sha256": hashlib.sha256(demo.MODEL.read_bytes()).hexdigest(), "window": WINDOW,
-               "held_out": round(bits_per_byte(model, chapters), 5), "held_out_books": {}}
+    results = {
+        "model_sha256": hashlib.sha256(demo.MODEL.read_bytes()).hexdigest(),
+        "window": WINDOW,
+        "held_out": round(bits_per_byte(model, chapters), 5),
+        "held_out_books": {},
+    }
     rest = iter(chapters)
     for book, count in HELD_OUT.items():
         results["held_out_books"][book] = round(bits_per_byte(model, [next(rest) for _ in range(count)]), 3)

@@ -1,5 +1,6 @@
 """The operators again, faster. backends/interface.py is the contract; an explicit choice is obeyed or refused, never
 silently replaced."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -7,7 +8,7 @@ from importlib import import_module
 from deltanet_ref.backends.interface import Backend
 from deltanet_ref.errors import InputError
 
-BACKENDS = {"numpy": "deltanet_ref.ops", "numba": "deltanet_ref.backends.numba_cpu"}       # imported on request
+BACKENDS = {"numpy": "deltanet_ref.ops", "numba": "deltanet_ref.backends.numba_cpu"}  # imported on request
 
 
 def get_backend(name: str) -> Backend:

@@ -1,4 +1,5 @@
 """How many processor cores this process may use."""
+
 import math
 import os
 from pathlib import Path
@@ -43,7 +44,7 @@ def _limit_v2(directory):
 
 def _limit_v1(directory):
     quota, period = (_read(directory / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
-    return (int(quota), int(period)) if quota.isdigit() and period.isdigit() else (0, 0)       # -1: no limit
+    return (int(quota), int(period)) if quota.isdigit() and period.isdigit() else (0, 0)  # -1: no limit
 
 
 def _read(path):

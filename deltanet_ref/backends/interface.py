@@ -8,6 +8,7 @@ NumPy arrays on the host in every backend.
 An optional capability that a backend lacks has the value None. To add a backend: write the module, add it to BACKENDS,
 and let tests/test_backend_interface.py hold it to this file.
 """
+
 import inspect
 from collections.abc import Callable
 from types import ModuleType
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-Array = Any                   # an array of xp
+Array = Any  # an array of xp
 
 
 class StoredTensors(Protocol):
@@ -23,24 +24,28 @@ class StoredTensors(Protocol):
 
     A tensor is anything with raw (its bytes, a NumPy array), type (gguf.GGMLQuantizationType) and shape, rows first.
     """
-    few_rows: int             # up to this many rows of x, the stored form is faster than a decoded copy that is kept
 
-    def decodes(type, shape) -> bool: ...                                  # whether the products take such a tensor
-    def dequantize(raw, type, shape, dtype=np.float32) -> Array: ...       # any type that formats.quants decodes
-    def linear_forward(x: Array, tensors: list) -> list: ...               # x w^T for each tensor w; float32
-    def linear_backward_input(dy: Array, tensor) -> Array: ...             # dy w; float32
+    few_rows: int  # up to this many rows of x, the stored form is faster than a decoded copy that is kept
+
+    def decodes(type, shape) -> bool: ...  # whether the products take such a tensor
+    def dequantize(raw, type, shape, dtype=np.float32) -> Array: ...  # any type that formats.quants decodes
+    def linear_forward(x: Array, tensors: list) -> list: ...  # x w^T for each tensor w; float32
+    def linear_backward_input(dy: Array, tensor) -> Array: ...  # dy w; float32
 
 
 class Backend(Protocol):
+    """The names of a backend module; the functions are signatures."""
+
     # ---- arrays
-    name: str                 # "numpy", "numba"
-    xp: ModuleType            # NumPy's interface to the arrays that the operators take and return: numpy, cupy
-    def to_host(x: Array) -> np.ndarray: ...                               # a NumPy array, without a copy if it is one
+    name: str  # "numpy", "numba"
+    xp: ModuleType  # NumPy's interface to the arrays that the operators take and return: numpy, cupy
+
+    def to_host(x: Array) -> np.ndarray: ...  # a NumPy array, without a copy if it is one
 
     # ---- optional capabilities, and what the model does where they are None
-    device: str | None        # the device in words, for messages and reports. None: the CPU
-    set_threads: Callable | None       # n -> the number so far; the kernels' threads. None: only the BLAS is limited
-    stored: StoredTensors | None       # None: formats.quants decodes a tensor, linear_* multiply it
+    device: str | None  # the device in words, for messages and reports. None: the CPU
+    set_threads: Callable | None  # n -> the number so far; the kernels' threads. None: only the BLAS is limited
+    stored: StoredTensors | None  # None: formats.quants decodes a tensor, linear_* multiply it
     delta_layer_step: Callable | None  # one token of a delta layer between projections. None: the operators
 
     # ---- operators
@@ -53,8 +58,9 @@ class Backend(Protocol):
     def decay_gate_backward(dg, dbeta, cache, need_dw=True): ...
     def embedding_forward(tokens, w): ...
     def embedding_backward(dx, tokens, vocab_size): ...
-    def gated_delta_rule_forward(q, k, v, *, g, beta, S0=None, scale=None, head_order="grouped", cu_seqlens=None,
-                                 chunk_size=64): ...
+    def gated_delta_rule_forward(
+        q, k, v, *, g, beta, S0=None, scale=None, head_order="grouped", cu_seqlens=None, chunk_size=64
+    ): ...
     def gated_delta_rule_backward(do, dS_end, cache): ...
     def gated_delta_rule_step(q, k, v, *, g, beta, S, scale=None, head_order="grouped"): ...
     def gated_rms_norm_forward(x, z, w, eps): ...
@@ -94,8 +100,9 @@ def _set_threads(n): ...
 
 
 OPTIONAL = {"device": str, "set_threads": _set_threads, "stored": StoredTensors, "delta_layer_step": _delta_layer_step}
-OPERATORS = tuple(name for name, member in vars(Backend).items()
-                  if inspect.isfunction(member) and not name.startswith("_"))     # to_host is one of them
+OPERATORS = tuple(
+    name for name, member in vars(Backend).items() if inspect.isfunction(member) and not name.startswith("_")
+)  # to_host is one of them
 
 
 def violations(backend) -> list:
@@ -130,6 +137,7 @@ def _signature_violations(name, function, wanted):
         return [f"{name} is {function!r}: it must be a function"]
     ours = inspect.signature(wanted)
     if [(p.name, p.kind, p.default) for p in theirs.parameters.values()] == [
-            (p.name, p.kind, p.default) for p in ours.parameters.values()]:
+        (p.name, p.kind, p.default) for p in ours.parameters.values()
+    ]:
         return []
     return [f"{name}{theirs} must be {name}{ours.replace(return_annotation=inspect.Signature.empty)}"]

@@ -1,4 +1,5 @@
 """deltanet-ref check: judge another implementation of the gated delta rule, and report what is wrong with it."""
+
 import json
 import sys
 
@@ -16,7 +17,7 @@ value, a dict with any of gc A T U W V_new S, is judged too. See deltanet_ref/or
 
 exit status:
   0  every case passes            2  bad usage or input: nothing was judged
-  1  a case fails                 3  an internal error of the kit, not a verdict; cases judged before it are reported
+  1  a case fails                 3  an internal error of the kit, which is not a verdict on the implementation
 """
 
 
@@ -24,33 +25,64 @@ def add_arguments(parser):
     from deltanet_ref.oracle.layouts import NAMES, SWITCHES
 
     parser.epilog = EPILOG
-    parser.add_argument("forward", metavar="MODULE:FUNCTION", nargs="?",
-                        help="a Python callable; path/to/file.py:function works too")
-    parser.add_argument("--backward", metavar="MODULE:FUNCTION",
-                        help="its backward: a callable that also takes do and dS_end, or `autograd` (torch, jax)")
-    parser.add_argument("--exec", dest="program", metavar="COMMAND",
-                        help="judge a program, run once per case; {in} and {out} are the files it reads and writes")
-    parser.add_argument("--results", metavar="DIR",
-                        help="judge answers computed elsewhere: DIR/CASE-ID.safetensors (.npz, .gguf)")
-    parser.add_argument("--format", choices=("safetensors", "npz", "gguf"), default="safetensors",
-                        help="file format of --exec (default safetensors)")
-    parser.add_argument("--array", choices=("numpy", "torch", "jax", "cupy"), default=None,
-                        help="what the callable takes (default numpy; with --layout: torch if its module imports it)")
+    parser.add_argument(
+        "forward", metavar="MODULE:FUNCTION", nargs="?", help="a Python callable; path/to/file.py:function works too"
+    )
+    parser.add_argument(
+        "--backward",
+        metavar="MODULE:FUNCTION",
+        help="its backward: a callable that also takes do and dS_end, or `autograd` (torch, jax)",
+    )
+    parser.add_argument(
+        "--exec",
+        dest="program",
+        metavar="COMMAND",
+        help="judge a program, run once per case; {in} and {out} are the files it reads and writes",
+    )
+    parser.add_argument(
+        "--results", metavar="DIR", help="judge answers computed elsewhere: DIR/CASE-ID.safetensors (.npz, .gguf)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("safetensors", "npz", "gguf"),
+        default="safetensors",
+        help="file format of --exec (default safetensors)",
+    )
+    parser.add_argument(
+        "--array",
+        choices=("numpy", "torch", "jax", "cupy"),
+        default=None,
+        help="what the callable takes (default numpy; with --layout: torch if its module imports it)",
+    )
     parser.add_argument("--device", metavar="NAME", help="where torch or jax arrays live, such as cuda (default cpu)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32",
-                        help="precision of the inputs, and the one the answers must have (default float32)")
-    parser.add_argument("--cases", nargs="+", metavar="PATTERN", default=None,
-                        help="case ids, shell patterns or groups (default delta); `vectors --list` lists them")
-    parser.add_argument("--packed", action="store_true",
-                        help="without --cases: also packed cases; the callable takes cu_seqlens")
-    parser.add_argument("--timeout", type=float, default=20.0, metavar="S",
-                        help="seconds per case (default 20); the import has 180")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float64"),
+        default="float32",
+        help="precision of the inputs, and the one the answers must have (default float32)",
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        metavar="PATTERN",
+        default=None,
+        help="case ids, shell patterns or groups (default delta); `vectors --list` lists them",
+    )
+    parser.add_argument(
+        "--packed", action="store_true", help="without --cases: also packed cases; the callable takes cu_seqlens"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=20.0, metavar="S", help="seconds per case (default 20); the import has 180"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     layout = parser.add_argument_group("conventions of the implementation")
     layout.add_argument("--layout", choices=tuple(NAMES), help="a predefined set of the conventions below")
     for switch, values in SWITCHES.items():
-        layout.add_argument(f"--{switch}", choices=tuple(values),
-                            help="; ".join(f"{value}: {text}" for value, text in values.items()).replace("%", "%%"))
+        layout.add_argument(
+            f"--{switch}",
+            choices=tuple(values),
+            help="; ".join(f"{value}: {text}" for value, text in values.items()).replace("%", "%%"),
+        )
     layout.add_argument("--call", metavar="TEXT", help="arguments of the forward, such as 'q, k, v, beta, g, state=S0'")
     layout.add_argument("--returns", metavar="NAMES", help="what the forward returns, in order, such as 'S_end, o'")
     layout.add_argument("--backward-call", metavar="TEXT", help="arguments of the backward; do and dS_end too")
@@ -77,16 +109,22 @@ def check(args):
     cases = select(args.cases or ["delta", *(["packed"] if args.packed else [])], args.dtype)
     runner = make_runner(args)
     try:
-        report = examine(runner, cases, dtype=args.dtype, layout=layout, progress=Progress(len(cases)),
-                         gradients=args.backward is not None if args.forward else None)
+        report = examine(
+            runner,
+            cases,
+            dtype=args.dtype,
+            layout=layout,
+            progress=Progress(len(cases)),
+            gradients=args.backward is not None if args.forward else None,
+        )
     finally:
         runner.close()
     if args.results and all(result.status == "MISSING" and not result.stages for result in report.cases):
         raise InputError(report.cases[0].message)
     failure = None
     try:
-        _ = report.suspects                                                # computed on the first access
-    except Exception as error:                                             # the verdict stands without them
+        _ = report.suspects  # computed on the first access
+    except Exception as error:  # the verdict stands without them
         failure = InternalError.of(error, "ranking suspects")
         report = report.without_suspects()
     if args.json:
@@ -118,12 +156,12 @@ def make_runner(args):
         return Program(args.program, format=args.format, timeout=args.timeout, dtype=args.dtype)
     if args.results is not None:
         return Results(args.results)
-    array = args.array or (None if args.layout else "numpy")               # None: the worker looks at the module
+    array = args.array or (None if args.layout else "numpy")  # None: the worker looks at the module
     return Worker(args.forward, args.backward, array=array, device=args.device, dtype=args.dtype, timeout=args.timeout)
 
 
 class Progress:
-    """"12/51 delta/plain" on the last line of a terminal."""
+    """ "12/51 delta/plain" on the last line of a terminal."""
 
     def __init__(self, total):
         self.total, self.done = total, 0
@@ -154,11 +192,15 @@ def print_report(report, failure=None):
             name, result = stage
             wrong = [n for n, s in result.stages.items() if s.status != "ok"]
             right = [n for n, s in result.stages.items() if s.status == "ok"]
-            print(f"\nfirst wrong stage: {name}, in {result.case.id} "
-                  f"(wrong there: {' '.join(wrong)}; right: {' '.join(right) or 'none'})")
+            print(
+                f"\nfirst wrong stage: {name}, in {result.case.id} "
+                f"(wrong there: {' '.join(wrong)}; right: {' '.join(right) or 'none'})"
+            )
         for verdict in report.flags():
-            print(f"flag {verdict.flag}: {verdict.failed} of {verdict.cases} fail, {verdict.failed_without} of "
-                  f"{verdict.cases_without} without it. It catches: {FLAGS[verdict.flag].catches}")
+            print(
+                f"flag {verdict.flag}: {verdict.failed} of {verdict.cases} fail, {verdict.failed_without} of "
+                f"{verdict.cases_without} without it. It catches: {FLAGS[verdict.flag].catches}"
+            )
         if failure:
             print("\nsuspects could not be ranked: an internal error of the kit, see below. The results above stand")
         elif report.suspects:
@@ -175,5 +217,12 @@ def place(result):
     bad = result.first_bad
     if bad is None:
         return ""
-    return " ".join([bad["output"], *(f"{name} {bad[name]}" for name in ("sequence", "chunk", "token", "head")
-                                      if bad[name] is not None)]) + " "
+    return (
+        " ".join(
+            [
+                bad["output"],
+                *(f"{name} {bad[name]}" for name in ("sequence", "chunk", "token", "head") if bad[name] is not None),
+            ]
+        )
+        + " "
+    )

@@ -1,4 +1,5 @@
 """deltanet-ref convert: adapters between GGUF and PEFT, base models between GGUF and HF."""
+
 from pathlib import Path
 
 import numpy as np
@@ -27,28 +28,45 @@ def add_arguments(parser):
 
     parser.epilog = EPILOG
     parser.add_argument("source", metavar="SOURCE", help="an adapter or a base model")
-    add_output_arguments(parser, "OUTPUT", "a name ending in .gguf, or a new directory",
-                         replaces="an adapter (by an adapter)")
-    add_type_argument(parser, CHOICES, f"{', '.join(CHOICES)}; adapters and HF directories only the first three "
-                                       "(default: each tensor keeps its type)")
+    add_output_arguments(
+        parser, "OUTPUT", "a name ending in .gguf, or a new directory", replaces="an adapter (by an adapter)"
+    )
+    add_type_argument(
+        parser,
+        CHOICES,
+        f"{', '.join(CHOICES)}; adapters and HF directories only the first three (default: each tensor keeps its type)",
+    )
     adapter = parser.add_argument_group("adapters")
     adapter.add_argument("--base", metavar="MODEL", help="the base model: a .gguf file or an HF directory")
-    adapter.add_argument("--drop", metavar="KIND,...", default="",
-                         help="leave out entries that are not plain LoRA: dora, modules_to_save, bias, conv1d, A_log, "
-                              "...")
-    adapter.add_argument("--prefix", choices=PREFIXES, default=PREFIXES[0], metavar="PATH",
-                         help=f"prefix of the module names in a PEFT directory: {' (default) or '.join(PREFIXES)}")
+    adapter.add_argument(
+        "--drop",
+        metavar="KIND,...",
+        default="",
+        help="leave out entries that are not plain LoRA: dora, modules_to_save, bias, conv1d, A_log, ...",
+    )
+    adapter.add_argument(
+        "--prefix",
+        choices=PREFIXES,
+        default=PREFIXES[0],
+        metavar="PATH",
+        help=f"prefix of the module names in a PEFT directory: {' (default) or '.join(PREFIXES)}",
+    )
     add_metadata_arguments(adapter)
-    adapter.add_argument("--invocation", metavar="TEXT",
-                         help="make it an activated LoRA, which acts from the last occurrence of TEXT in the prompt on")
+    adapter.add_argument(
+        "--invocation",
+        metavar="TEXT",
+        help="make it an activated LoRA, which acts from the last occurrence of TEXT in the prompt on",
+    )
 
 
 def add_metadata_arguments(parser):
     """The options for an adapter's metadata, shared by convert and train; given_metadata reads them."""
     parser.add_argument("--task-name", metavar="TEXT", help="task name to store in the adapter")
-    parser.add_argument("--prompt-prefix", metavar="TEXT",
-                        help="text to store in the adapter, which generate prepends to every prompt (training data is "
-                             "used unchanged)")
+    parser.add_argument(
+        "--prompt-prefix",
+        metavar="TEXT",
+        help="text to store in the adapter, which generate prepends to every prompt (training data is used unchanged)",
+    )
 
 
 def given_metadata(args) -> dict:
@@ -85,8 +103,9 @@ def is_adapter(path: Path | str) -> bool:
         return is_text(read_gguf(path).metadata.get("general.type"), "adapter")
     found = [name for name in ("adapter_config.json", "config.json") if (path / name).is_file()]
     if not found:
-        raise InputError(f"{path}: has neither adapter_config.json nor config.json: give the directory of an adapter "
-                         "or of a model")
+        raise InputError(
+            f"{path}: has neither adapter_config.json nor config.json: give the directory of an adapter or of a model"
+        )
     return found[0] == "adapter_config.json"
 
 
@@ -115,5 +134,7 @@ def convert_adapter(args):
         with atomic_directory(args.output) as temporary:
             adapter.save_peft(temporary, kind, args.prefix)
     ranks = sorted({adapter.rank(target) for target in adapter.targets})
-    print(f"Wrote {args.output}: {counted(len(adapter.targets), 'adapted tensor')}, rank {', '.join(map(str, ranks))}, "
-          f"alpha {adapter.alpha:g}")
+    print(
+        f"Wrote {args.output}: {counted(len(adapter.targets), 'adapted tensor')}, rank {', '.join(map(str, ranks))}, "
+        f"alpha {adapter.alpha:g}"
+    )

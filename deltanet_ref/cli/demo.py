@@ -1,4 +1,5 @@
 """deltanet-ref demo: adapt the embedded model to a dialect that it never read, and show what changed."""
+
 import time
 from pathlib import Path
 
@@ -32,8 +33,15 @@ The same with a real model (any quantisation of Qwen3.5-0.8B as GGUF; your own r
 
 def add_arguments(parser):
     parser.epilog = EPILOG
-    add_output_arguments(parser, "ADAPTER.gguf", "the adapter to write (default scots.gguf)",
-                         replaces="an adapter", type=Path, required=False, default=Path("scots.gguf"))
+    add_output_arguments(
+        parser,
+        "ADAPTER.gguf",
+        "the adapter to write (default scots.gguf)",
+        replaces="an adapter",
+        type=Path,
+        required=False,
+        default=Path("scots.gguf"),
+    )
 
 
 def run(args):
@@ -48,8 +56,9 @@ def run(args):
     terminal.print("Measuring it (the first run also compiles the kernels, once)")
     before, text_before = demo.measure(model), demo.continuation(model)
 
-    terminal.print(f"\n[bold]Adapting it[/] to Scots: LoRA of rank {demo.RANK} on every linear layer, trained on "
-                   f"{demo.ADAPT.name}")
+    terminal.print(
+        f"\n[bold]Adapting it[/] to Scots: LoRA of rank {demo.RANK} on every linear layer, trained on {demo.ADAPT.name}"
+    )
     adapter, report = demo.adapt(model, demo.RANK, Console())
     adapter.save_gguf(args.output)
     after, text_after = demo.measure(model), demo.continuation(model)
@@ -59,8 +68,10 @@ def run(args):
     for when, text in ("before", text_before), ("after", text_after):
         terminal.print(f"\n[bold]{when}[/]: [dim]{demo.PROMPT}[/]{escape(text)}")
     size = args.output.stat().st_size / 1e6
-    terminal.print(f"\nWrote {args.output} ({size:.2f} MB), a GGUF adapter for llama.cpp; "
-                   f"{time.perf_counter() - start:.0f} s in total, {report.tokens_per_second:.0f} tokens/s in training")
+    terminal.print(
+        f"\nWrote {args.output} ({size:.2f} MB), a GGUF adapter for llama.cpp; "
+        f"{time.perf_counter() - start:.0f} s in total, {report.tokens_per_second:.0f} tokens/s in training"
+    )
     terminal.print(NEXT, markup=False)
     return 130 if report.interrupted else 0
 
@@ -69,9 +80,11 @@ def describe(model):
     """Its size and its layers, in one line."""
     parameters = sum(w.size for w in model.weights.values())
     delta = model.config.layer_types.count("linear_attention")
-    return (f"{format_count(parameters)} parameters in {demo.MODEL.stat().st_size / 1e6:.1f} MB; {delta} layers of "
-            f"Gated DeltaNet, {len(model.config.layer_types) - delta} of softmax attention, {model.config.vocab_size} "
-            "tokens")
+    return (
+        f"{format_count(parameters)} parameters in {demo.MODEL.stat().st_size / 1e6:.1f} MB; {delta} layers of "
+        f"Gated DeltaNet, {len(model.config.layer_types) - delta} of softmax attention, {model.config.vocab_size} "
+        "tokens"
+    )
 
 
 def figures(before, after):

@@ -1,4 +1,5 @@
 """deltanet-ref diff: where two traces first diverge, and why; or how far a model drifts from itself."""
+
 import json
 import math
 import re
@@ -23,12 +24,19 @@ def add_arguments(parser):
     parser.epilog = EPILOG
     parser.add_argument("traces", nargs="*", metavar="OURS THEIRS", help="two files written by trace, ours first")
     parser.add_argument("--partial", action="store_true", help="THEIRS may lack tensors")
-    parser.add_argument("--tolerance", type=float, metavar="X",
-                        help="maximum relative RMS error of a forward tensor; ten times as much for gradients, and ten "
-                             "times for single rows (default: by the coarser dtype of the two; 3e-5 for float32)")
-    parser.add_argument("--drift", metavar="MODEL",
-                        help="compare a model with itself instead, layer by layer: one token per call with all tokens "
-                             "at once, and float32 with float64")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="maximum relative RMS error of a forward tensor; ten times as much for gradients, and ten "
+        "times for single rows (default: by the coarser dtype of the two; 3e-5 for float32)",
+    )
+    parser.add_argument(
+        "--drift",
+        metavar="MODEL",
+        help="compare a model with itself instead, layer by layer: one token per call with all tokens "
+        "at once, and float32 with float64",
+    )
     add_token_arguments(parser, required=False)
     parser.add_argument("--all", action="store_true", help="print a line for every tensor, also for those that agree")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
@@ -41,6 +49,7 @@ def run(args):
 
 
 # ---- two traces
+
 
 def run_diff(args):
     from deltanet_ref.oracle.diff import diff_traces
@@ -61,12 +70,26 @@ def as_json(result):
     """The JSON object of --json, from a TraceDiff."""
     first = result.first()
     return {
-        "summary": {"equal": result.equal(), "tolerance": result.tolerance, "reasons": result.reasons,
-                    "first": first and first.name, "unknown": result.unknown}
+        "summary": {
+            "equal": result.equal(),
+            "tolerance": result.tolerance,
+            "reasons": result.reasons,
+            "first": first and first.name,
+            "unknown": result.unknown,
+        }
         | {status: result.count(status) for status in ("ok", "DIFF", "SHAPE", "MISSING", "NONFINITE")},
-        "tensors": [{"name": row.name, "status": row.status, "error": finite(row.error), "worst_row": finite(row.worst),
-                     "largest": finite(row.largest), "first_bad": {"token": row.token, "head": row.head},
-                     "where": row.where} for row in result.rows],
+        "tensors": [
+            {
+                "name": row.name,
+                "status": row.status,
+                "error": finite(row.error),
+                "worst_row": finite(row.worst),
+                "largest": finite(row.largest),
+                "first_bad": {"token": row.token, "head": row.head},
+                "where": row.where,
+            }
+            for row in result.rows
+        ],
     }
 
 
@@ -78,13 +101,17 @@ def finite(x):
 def print_diff(result, ours, theirs, every):
     for side, trace in (("ours", ours), ("theirs", theirs)):
         print(f"{side + ':':7} {trace.model}, {trace.dtype}, by {trace.version}")
-    print(f"{counted(len(ours.tokens), 'token')}; tolerance {result.tolerance:g}\n\n"
-          f"{'tensor':32} {'status':9} {'error':>8} {'worst row':>9}  where")
+    print(
+        f"{counted(len(ours.tokens), 'token')}; tolerance {result.tolerance:g}\n\n"
+        f"{'tensor':32} {'status':9} {'error':>8} {'worst row':>9}  where"
+    )
     first = result.first()
     for _, group in groupby(result.rows, lambda row: row.name if every else line_of(row, first)):
         rows = list(group)
-        errors = [f"{max(values):8.1e}" if None not in values else ""
-                  for values in ([row.error for row in rows], [row.worst for row in rows])]
+        errors = [
+            f"{max(values):8.1e}" if None not in values else ""
+            for values in ([row.error for row in rows], [row.worst for row in rows])
+        ]
         name = rows[0].name if len(rows) == 1 else f"{rows[0].name} ... {rows[-1].name.removeprefix('d.')}"
         where = rows[0].where if len(rows) == 1 else counted(len(rows), "tensor")
         print(f"{name:32} {rows[0].status:9} {errors[0]:>8} {errors[1]:>9}  {where}".rstrip())
@@ -101,8 +128,8 @@ def line_of(row, first):
 
 
 def block_of(row):
-    """"blk.0", "d.blk.0", or "" and "d." outside the blocks."""
-    return row.name[:re.match(r"(d\.)?(blk\.\d+)?", row.name).end()]
+    """ "blk.0", "d.blk.0", or "" and "d." outside the blocks."""
+    return row.name[: re.match(r"(d\.)?(blk\.\d+)?", row.name).end()]
 
 
 def verdict(result):
@@ -114,14 +141,18 @@ def verdict(result):
     lines = [f"{counts}", f"first divergence: {first.name} ({first.meaning})", f"  {first.status}: {first.where}"]
     if first.error is not None:
         place = [f"{what} {i}" for what, i in (("token", first.token), ("head", first.head)) if i is not None]
-        lines[-1] += (f"; {'first at ' + ', '.join(place) + '; ' if place else ''}error {first.error:.2g}, worst row "
-                      f"{first.worst:.2g}, largest difference {first.largest:.2g}")
+        lines[-1] += (
+            f"; {'first at ' + ', '.join(place) + '; ' if place else ''}error {first.error:.2g}, worst row "
+            f"{first.worst:.2g}, largest difference {first.largest:.2g}"
+        )
         lines += [f"  likely: {reason}" for reason in result.reasons[:3]] or [
-            "  no known mistake fits; the inputs of this tensor agree, so look at the step that computes it"]
+            "  no known mistake fits; the inputs of this tensor agree, so look at the step that computes it"
+        ]
     return "\n".join(lines)
 
 
 # ---- a model compared with itself
+
 
 def run_drift(args):
     import deltanet_ref as dr
@@ -137,11 +168,15 @@ def run_drift(args):
         layers = [{key: finite(x) if isinstance(x, float) else x for key, x in row._asdict().items()} for row in rows]
         print(json.dumps({"passed": passed, "tolerance": tolerance, "layers": layers}, indent=1))
     else:
-        print(f"{args.drift}; tolerance {tolerance:g}; relative errors, with the token of the largest\n\n"
-              f"{'layer':12} {'kind':17} {'decode - prefill':>18} {'end states':>11} {'float32 - float64':>19}")
+        print(
+            f"{args.drift}; tolerance {tolerance:g}; relative errors, with the token of the largest\n\n"
+            f"{'layer':12} {'kind':17} {'decode - prefill':>18} {'end states':>11} {'float32 - float64':>19}"
+        )
         for row in rows:
             state = "" if row.state is None else f"{row.state:.1e}"
-            print(f"{row.layer:12} {row.kind:17} {f'{row.decode:.1e} @{row.decode_token}':>18} {state:>11} "
-                  f"{f'{row.dtype:.1e} @{row.dtype_token}':>19}")
+            print(
+                f"{row.layer:12} {row.kind:17} {f'{row.decode:.1e} @{row.decode_token}':>18} {state:>11} "
+                f"{f'{row.dtype:.1e} @{row.dtype_token}':>19}"
+            )
         print("\n" + ("all within tolerance" if passed else "tolerance exceeded"))
     return 0 if passed else 1

@@ -1,4 +1,5 @@
 """deltanet-ref info: print what a model or adapter holds."""
+
 import json
 import math
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from deltanet_ref.lora.adapter import adapter_metadata
 from deltanet_ref.lora.bridge import PEFT_CONFIG, PEFT_WEIGHTS, invocation_tokens
 from deltanet_ref.model.config import ARCHITECTURE
 
-PEFT_SETTINGS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")     # printed where set
+PEFT_SETTINGS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")  # printed where set
 
 EPILOG = """\
 example:
@@ -25,8 +26,9 @@ example:
 
 def add_arguments(parser):
     parser.epilog = EPILOG
-    parser.add_argument("model", metavar="MODEL",
-                        help="a model or an adapter: a .gguf file, an HF directory or a PEFT directory")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model or an adapter: a .gguf file, an HF directory or a PEFT directory"
+    )
     parser.add_argument("--tensors", action="store_true", help="also list every tensor")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
 
@@ -59,14 +61,15 @@ def describe(path: Path | str) -> dict:
         return describe_peft(path) if path.is_dir() else describe_adapter(read_gguf(path))
     import deltanet_ref as dr
 
-    model = dr.load_model(path, backend="numpy", weights="mapped")        # nothing is computed
+    model = dr.load_model(path, backend="numpy", weights="mapped")  # nothing is computed
     tokenizer = model.tokenizer
     stored = [(name, model.weights.stored_type(name), model.weights.shape(name)) for name in model.weights]
     return {
         "architecture": ARCHITECTURE,
         "parameters": sum(math.prod(shape) for _, _, shape in stored),
         "config": asdict(model.config),
-        "tokenizer": tokenizer and {
+        "tokenizer": tokenizer
+        and {
             "vocab_size": tokenizer.vocab_size,
             "end_tokens": [tokenizer.decode([token]) for token in sorted(tokenizer.eos_ids)],
         },
@@ -79,29 +82,37 @@ def describe_adapter(file: GGUFFile) -> dict:
     """The facts about a LoRA adapter in GGUF. Raises InputError."""
     stored = [(name, tensor.type.name, tensor.shape, tensor.nbytes) for name, tensor in file.tensors.items()]
     factors = [name.removesuffix(".weight.lora_a") for name in file.tensors if name.endswith(".weight.lora_a")]
-    return adapter_facts(file.metadata.get("general.architecture"), file.metadata.get("adapter.lora.alpha"), factors,
-                         ".lora_a", stored, adapter_metadata(file))
+    return adapter_facts(
+        file.metadata.get("general.architecture"),
+        file.metadata.get("adapter.lora.alpha"),
+        factors,
+        ".lora_a",
+        stored,
+        adapter_metadata(file),
+    )
 
 
 def describe_peft(directory: Path) -> dict:
     """The same facts about a LoRA adapter in a PEFT directory. Raises InputError."""
     config, tensors = read_json(directory / PEFT_CONFIG), read_safetensors(directory / PEFT_WEIGHTS)
-    stored = [(name, tensors.stored(name).dtype, tensors.shape(name), tensors.stored(name).raw.nbytes)
-              for name in tensors]
+    stored = [
+        (name, tensors.stored(name).dtype, tensors.shape(name), tensors.stored(name).raw.nbytes) for name in tensors
+    ]
     factors = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     metadata = {name: tensors.metadata[name] for name in ("task_name", "prompt_prefix") if name in tensors.metadata}
     if tokens := config.get("alora_invocation_tokens"):
         metadata["invocation_tokens"] = invocation_tokens(tokens, directory / PEFT_CONFIG)
     metadata |= {name: config[name] for name in PEFT_SETTINGS if config.get(name)}
-    return adapter_facts(config.get("base_model_name_or_path"), config.get("lora_alpha"), factors, ".lora_A.weight",
-                         stored, metadata)
+    return adapter_facts(
+        config.get("base_model_name_or_path"), config.get("lora_alpha"), factors, ".lora_A.weight", stored, metadata
+    )
 
 
 def adapter_facts(base, alpha, factors, suffix_of_a, stored, metadata):
     return {
         "architecture": f"LoRA adapter for {base if isinstance(base, str) else 'an unnamed base'}",
         "parameters": sum(math.prod(shape) for _, _, shape, _ in stored),
-        "alpha": float(alpha) if isinstance(alpha, int | float) and abs(alpha) < 2 ** 31 else None,
+        "alpha": float(alpha) if isinstance(alpha, int | float) and abs(alpha) < 2**31 else None,
         "ranks": sorted({math.prod(shape[:1]) for name, _, shape, _ in stored if name.endswith(suffix_of_a)}),
         "targets": sorted({name.rpartition(".")[2] for name in factors}),
         **metadata,
@@ -116,8 +127,11 @@ def tensor_facts(stored):
         sums["tensors"] += 1
         sums["parameters"] += math.prod(shape)
         sums["bytes"] += nbytes
-    return {"bytes": sum(sums["bytes"] for sums in types.values()), "types": types,
-            "tensors": [{"name": name, "type": kind, "shape": list(shape)} for name, kind, shape, _ in stored]}
+    return {
+        "bytes": sum(sums["bytes"] for sums in types.values()),
+        "types": types,
+        "tensors": [{"name": name, "type": kind, "shape": list(shape)} for name, kind, shape, _ in stored],
+    }
 
 
 def text(value):

@@ -3,6 +3,7 @@
 0 done, 1 a check failed or training diverged, 2 bad usage or bad input, 3 an internal error of the conformance kit,
 130 interrupted.
 """
+
 import argparse
 import importlib
 import os
@@ -13,7 +14,7 @@ from deltanet_ref.errors import InputError, InternalError, shortened
 from deltanet_ref.train.loop import Diverged
 
 PROG = "deltanet-ref"
-LONGEST_USAGE_ERROR = 400       # characters of argparse's own messages, which quote arguments whole
+LONGEST_USAGE_ERROR = 400  # characters of argparse's own messages, which quote arguments whole
 
 # name: (module with add_arguments(parser) and run(args) -> exit status or None, summary)
 COMMANDS = {
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         fail(3, error)
         print(error.details, file=sys.stderr)
         return 3
-    except BrokenPipeError:     # the reader of our output has gone, as in `generate | head`
+    except BrokenPipeError:  # the reader of our output has gone, as in `generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -68,25 +69,32 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str], options: dict) -> int | None:
     """Parse and run one command; its parsed arguments are added to options, name -> value."""
     commands = "\n".join(f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items())
-    parser = Parser(prog=PROG, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="Qwen3.5 without autodiff: train LoRA adapters on GGUF models, and run them.",
-                    epilog=f"commands:\n{commands}\n\nexample:\n"
-                           f"  {PROG} train model.gguf data.jsonl -o adapter.gguf --steps 200\n"
-                           f"  {PROG} train --help")
+    parser = Parser(
+        prog=PROG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Qwen3.5 without autodiff: train LoRA adapters on GGUF models, and run them.",
+        epilog=f"commands:\n{commands}\n\nexample:\n"
+        f"  {PROG} train model.gguf data.jsonl -o adapter.gguf --steps 200\n"
+        f"  {PROG} train --help",
+    )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("command", nargs="?", metavar="COMMAND", choices=COMMANDS, help="one of the commands below")
     split = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
     args = parser.parse_args(argv[: split + 1])
     if args.version:
         from deltanet_ref import __version__
+
         print(f"{PROG} {__version__}")
         return 0
     if args.command is None:
         parser.error("no command given")
     module, summary = COMMANDS[args.command]
     module = importlib.import_module(module)
-    parser = Parser(prog=f"{PROG} {args.command}", description=summary[0].upper() + summary[1:] + ".",
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog=f"{PROG} {args.command}",
+        description=summary[0].upper() + summary[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     module.add_arguments(parser)
     args = parser.parse_args(argv[split + 1 :])
     options |= vars(args)

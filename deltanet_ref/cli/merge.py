@@ -1,4 +1,5 @@
 """deltanet-ref merge: a base model with adapters merged into its weights."""
+
 from deltanet_ref.cli.model import losses_by_type, split_scale
 from deltanet_ref.cli.options import add_output_arguments, add_type_argument, check_output
 
@@ -19,12 +20,19 @@ def add_arguments(parser):
 
     parser.epilog = EPILOG
     parser.add_argument("base", metavar="BASE", help="a .gguf file, or a directory with config.json and safetensors")
-    parser.add_argument("--adapter", action="append", required=True, metavar="FILE[=SCALE]",
-                        help="a GGUF adapter or a PEFT directory, multiplied by SCALE (default 1); may be given "
-                             "several times")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        required=True,
+        metavar="FILE[=SCALE]",
+        help="a GGUF adapter or a PEFT directory, multiplied by SCALE (default 1); may be given several times",
+    )
     add_output_arguments(parser, "OUTPUT", "a name ending in .gguf, or a new directory")
-    add_type_argument(parser, CHOICES, f"{', '.join(CHOICES)}; HF directories only the first three (default: each "
-                                       "tensor keeps its type)")
+    add_type_argument(
+        parser,
+        CHOICES,
+        f"{', '.join(CHOICES)}; HF directories only the first three (default: each tensor keeps its type)",
+    )
 
 
 def run(args):

@@ -1,4 +1,5 @@
 """What the commands that run a model share: options, loading, adapters."""
+
 import math
 import os
 import sys
@@ -13,22 +14,38 @@ from deltanet_ref.model.weights import MODES
 def add_model_arguments(parser, backend: str = "auto") -> None:
     """MODEL and how to run it; load reads them."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--backend", default=backend, metavar="NAME",
-                        help=f"{', '.join(BACKENDS)}, or auto for the fastest one (default {backend})")
-    parser.add_argument("--dtype", default="float32", metavar="NAME",
-                        help="dtype of all computation: float32 or float64 (default float32)")
-    parser.add_argument("--weights", default="auto", metavar="MODE",
-                        help=f"how a GGUF's weights are held: {', '.join(MODES)}. mapped decodes a tensor at each use, "
-                             "expanded decodes it once; auto expands types that are slow to decode if half of the free "
-                             "memory is enough (default auto)")
+    parser.add_argument(
+        "--backend",
+        default=backend,
+        metavar="NAME",
+        help=f"{', '.join(BACKENDS)}, or auto for the fastest one (default {backend})",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        metavar="NAME",
+        help="dtype of all computation: float32 or float64 (default float32)",
+    )
+    parser.add_argument(
+        "--weights",
+        default="auto",
+        metavar="MODE",
+        help=f"how a GGUF's weights are held: {', '.join(MODES)}. mapped decodes a tensor at each use, "
+        "expanded decodes it once; auto expands types that are slow to decode if half of the free "
+        "memory is enough (default auto)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
 
 
 def add_adapter_argument(parser) -> None:
     """--adapter, several times; load attaches them."""
-    parser.add_argument("--adapter", action="append", default=[], metavar="FILE[=SCALE]",
-                        help="attach a GGUF adapter or PEFT directory, multiplied by SCALE (default 1); may be given "
-                             "several times")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FILE[=SCALE]",
+        help="attach a GGUF adapter or PEFT directory, multiplied by SCALE (default 1); may be given several times",
+    )
 
 
 def load(args):
@@ -79,15 +96,18 @@ def limit_threads(threads: int | None, backend: str) -> None:
         raise InputError(f"--threads is {threads}, it must be at least 1")
     cores = available_cores()
     if threads is not None and threads > cores:
-        print(f"note: --threads {threads}: only {counted(cores, 'core')} can be used, so {counted(cores, 'thread')} will "
-              "run", file=sys.stderr)
+        print(
+            f"note: --threads {threads}: only {counted(cores, 'core')} can be used, so {counted(cores, 'thread')} will "
+            "run",
+            file=sys.stderr,
+        )
         threads = cores
     if threads is not None:
-        os.environ["NUMBA_NUM_THREADS"] = str(threads)                     # read when the backend is imported
+        os.environ["NUMBA_NUM_THREADS"] = str(threads)  # read when the backend is imported
     import numpy  # noqa: F401 (its BLAS must be loaded before it can be limited)
     from threadpoolctl import threadpool_limits
 
-    threadpool_limits(threads if backend == "numpy" else 1)                # None: as they are
+    threadpool_limits(threads if backend == "numpy" else 1)  # None: as they are
 
 
 def losses_by_type(losses) -> str:
@@ -97,6 +117,8 @@ def losses_by_type(losses) -> str:
         errors = {w.name: w.error for w in losses if w.type == kind}
         worst = max(errors, key=errors.get)
         mean = sum(errors.values()) / len(errors)
-        lines.append(f"{counted(len(errors), 'tensor')} as {kind.name}: relative error {mean:.2e} on average, at most "
-                     f"{errors[worst]:.2e} ({worst})\n")
+        lines.append(
+            f"{counted(len(errors), 'tensor')} as {kind.name}: relative error {mean:.2e} on average, at most "
+            f"{errors[worst]:.2e} ({worst})\n"
+        )
     return "".join(lines)

@@ -1,4 +1,5 @@
 """What the commands share: the spelling of options, the rule for existing outputs, progress on a terminal."""
+
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ def with_flags(text: str, options: dict) -> str:
     `truncate=True` becomes --truncate, `mask_prompt=False` --no-mask-prompt. options: the parsed arguments of the
     command; other names stay as they are.
     """
+
     def spelled(match):
         name, value = match.groups()
         return flag(f"no_{name}" if value == "False" else name) if name in options else match[0]
@@ -32,7 +34,7 @@ def with_flags(text: str, options: dict) -> str:
 def add_switch(parser: ArgumentParser, name: str, default: bool, help: str) -> None:
     """--NAME and --no-NAME."""
     parser.add_argument(flag(name), action=BooleanOptionalAction, help=f"{help} (default {'on' if default else 'off'})")
-    parser.set_defaults(**{name: default})      # given above, some Python versions would print it a second time
+    parser.set_defaults(**{name: default})  # given above, some Python versions would print it a second time
 
 
 def add_type_argument(container: ArgumentParser, choices, help: str, **options) -> None:
@@ -44,8 +46,11 @@ def add_output_arguments(parser: ArgumentParser, metavar: str, help: str, replac
     """-o and --force; check_output reads them. replaces: what may be overwritten without --force, "an adapter"."""
     parser.add_argument("-o", "--output", metavar=metavar, help=help, **({"required": True} | options))
     without = f"; without --force only {replaces} is replaced" if replaces else ""
-    parser.add_argument("--force", action="store_true",
-                        help=f"overwrite an existing file{without} (inputs and directories are never overwritten)")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help=f"overwrite an existing file{without} (inputs and directories are never overwritten)",
+    )
 
 
 def check_output(args, inputs=(), replaces=lambda path: False) -> None:
@@ -82,8 +87,14 @@ def progress(what: str):
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    bar = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                   console=Console(stderr=True), transient=True)
+    bar = Progress(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
     task = bar.add_task(what, total=None)
 
     def update(done, total):

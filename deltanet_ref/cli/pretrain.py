@@ -1,4 +1,5 @@
 """deltanet-ref pretrain: train a small model from scratch."""
+
 import os
 from pathlib import Path
 
@@ -59,26 +60,35 @@ OPTIONS = {
 def add_arguments(parser):
     parser.epilog = EPILOG
     parser.add_argument("corpus", metavar="CORPUS.txt", type=Path, help="the text to train on")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", type=Path,
-                        help="tokenizer.json, or its directory")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="PATH", type=Path, help="tokenizer.json, or its directory"
+    )
     parser.add_argument("--valid", metavar="TEXT.txt", type=Path, help="held-out text to evaluate on")
     add_output_arguments(parser, "MODEL.gguf", "the model to write", type=Path)
     add_type_argument(parser, TYPES, f"type of the matrices: {', '.join(TYPES)} (default f32)", default="f32")
     parser.add_argument("--name", default="tiny", metavar="TEXT", help="general.name of the file (default tiny)")
     parser.add_argument("--description", default="", metavar="TEXT", help="general.description of the file")
     parser.add_argument("--license", default="", metavar="TEXT", help="general.license of the file")
-    parser.add_argument("--start", metavar="MODEL.gguf", type=Path,
-                        help="continue from this model instead of a new one")
-    parser.add_argument("--backend", choices=BACKENDS, default="numba", metavar="NAME",
-                        help=f"{' or '.join(BACKENDS)} (default numba)")
+    parser.add_argument(
+        "--start", metavar="MODEL.gguf", type=Path, help="continue from this model instead of a new one"
+    )
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="numba", metavar="NAME", help=f"{' or '.join(BACKENDS)} (default numba)"
+    )
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
-    length.add_argument("--minutes", type=float, metavar="X",
-                        help="as many steps as fit in this time, estimated from the first batches")
+    length.add_argument(
+        "--minutes", type=float, metavar="X", help="as many steps as fit in this time, estimated from the first batches"
+    )
     for name, (kind, text) in OPTIONS.items():
         default = getattr(PretrainOptions, name)
-        parser.add_argument(flag(name), type=kind, default=default, metavar={int: "N", float: "X"}[kind],
-                            help=f"{text} (default {default})")
+        parser.add_argument(
+            flag(name),
+            type=kind,
+            default=default,
+            metavar={int: "N", float: "X"}[kind],
+            help=f"{text} (default {default})",
+        )
 
 
 def run(args):
@@ -90,7 +100,7 @@ def run(args):
     directory = args.tokenizer.parent if args.tokenizer.is_file() else args.tokenizer
     tokenizer = Tokenizer.from_hf(directory)
     model = starting_model(options, tokenizer, args.start, args.backend)
-    stored_tensors(model, args.type)        # refuses a type that does not fit before training, not after it
+    stored_tensors(model, args.type)  # refuses a type that does not fit before training, not after it
     metadata = file_metadata(directory, tokenizer, name=args.name, description=args.description, license=args.license)
     text = read_corpus(args.corpus)
     valid = read_corpus(args.valid) if args.valid else ""
@@ -100,8 +110,10 @@ def run(args):
 
     history = pretrain(model, text, options, valid=valid, console=Console(), save=save)
     save()
-    print(f"Saved {args.output} ({os.path.getsize(args.output) / 1e6:.2f} MB) after {len(history.losses)} steps, "
-          f"{history.tokens:,} tokens, {history.seconds:.0f} s")
+    print(
+        f"Saved {args.output} ({os.path.getsize(args.output) / 1e6:.2f} MB) after {len(history.losses)} steps, "
+        f"{history.tokens:,} tokens, {history.seconds:.0f} s"
+    )
     return 130 if history.interrupted else 0
 
 

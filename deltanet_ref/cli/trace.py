@@ -1,4 +1,5 @@
 """deltanet-ref trace: write every named tensor of a forward and backward pass to a file."""
+
 from deltanet_ref.cli.model import add_adapter_argument, add_model_arguments, load, print_notes
 from deltanet_ref.cli.options import add_output_arguments, check_output
 from deltanet_ref.errors import LONGEST_VALUE, InputError, counted, shortened
@@ -19,9 +20,12 @@ def add_arguments(parser):
     add_model_arguments(parser, backend="numpy")
     add_adapter_argument(parser)
     add_token_arguments(parser)
-    parser.add_argument("--backward", action="store_true",
-                        help="also write the gradients of activations and parameters; the loss is the mean "
-                             "cross-entropy of the next tokens")
+    parser.add_argument(
+        "--backward",
+        action="store_true",
+        help="also write the gradients of activations and parameters; the loss is the mean "
+        "cross-entropy of the next tokens",
+    )
     add_output_arguments(parser, "FILE", "the .safetensors file to write", replaces="a trace")
 
 
@@ -37,8 +41,10 @@ def run(args):
     tokens = read_tokens(args, model)
     result = trace(model, tokens, backward=args.backward, name=args.model, version=f"deltanet_ref {__version__}")
     write_trace(args.output, result)
-    print(f"{args.output}: {counted(len(result.tensors), 'tensor')} of {counted(len(tokens), 'token')}, {args.dtype}, "
-          f"loss {result.tensors['loss']:.6g}")
+    print(
+        f"{args.output}: {counted(len(result.tensors), 'tensor')} of {counted(len(tokens), 'token')}, {args.dtype}, "
+        f"loss {result.tensors['loss']:.6g}"
+    )
 
 
 def add_token_arguments(parser, required=True):

@@ -1,4 +1,5 @@
 """deltanet-ref train: train a LoRA adapter on a JSONL file."""
+
 import os
 import sys
 from pathlib import Path
@@ -59,22 +60,33 @@ def add_arguments(parser):
     add_model_arguments(parser)
     parser.add_argument("data", metavar="DATA", help="a .jsonl file, or a directory of .jsonl files")
     add_output_arguments(parser, "ADAPTER.gguf", "the adapter to write", replaces="an adapter")
-    parser.add_argument("--rank", type=int, default=16, metavar="N",
-                        help="rank of the update of each matrix (default 16)")
-    parser.add_argument("--alpha", type=float, metavar="X",
-                        help="scales the update by alpha / rank (default: twice the rank)")
-    parser.add_argument("--targets", metavar="NAME,...",
-                        help="tensors to adapt, such as attn_qkv,ffn_up (default: all linear layers)")
+    parser.add_argument(
+        "--rank", type=int, default=16, metavar="N", help="rank of the update of each matrix (default 16)"
+    )
+    parser.add_argument(
+        "--alpha", type=float, metavar="X", help="scales the update by alpha / rank (default: twice the rank)"
+    )
+    parser.add_argument(
+        "--targets", metavar="NAME,...", help="tensors to adapt, such as attn_qkv,ffn_up (default: all linear layers)"
+    )
     add_metadata_arguments(parser)
-    parser.add_argument("--plot", metavar="FILE.png",
-                        help="also plot the loss curve to this file, which is replaced if it exists (needs matplotlib)")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="also plot the loss curve to this file, which is replaced if it exists (needs matplotlib)",
+    )
     for name, (kind, text) in OPTIONS.items():
         default = getattr(TrainOptions, name)
         if kind is bool:
             add_switch(parser, name, default, text)
         else:
-            parser.add_argument(flag(name), type=kind, default=default, metavar=METAVARS[kind],
-                                help=text if default is None else f"{text} (default {default})")
+            parser.add_argument(
+                flag(name),
+                type=kind,
+                default=default,
+                metavar=METAVARS[kind],
+                help=text if default is None else f"{text} (default {default})",
+            )
 
 
 def run(args):
@@ -97,8 +109,10 @@ def run(args):
     print(format_peaks(report.peak_memory))
     if report.interrupted:
         print(f"Interrupted after {report.steps} steps.", file=sys.stderr)
-    print(f"Saved {args.output} ({os.path.getsize(args.output) / 1e6:.2f} MB) after {report.steps} steps, "
-          f"{report.tokens} tokens, {report.seconds:.1f} s")
+    print(
+        f"Saved {args.output} ({os.path.getsize(args.output) / 1e6:.2f} MB) after {report.steps} steps, "
+        f"{report.tokens} tokens, {report.seconds:.1f} s"
+    )
     return 130 if report.interrupted else 0
 
 

@@ -1,4 +1,5 @@
 """deltanet-ref vectors: list the conformance cases, export them as files, rebuild and verify them."""
+
 from pathlib import Path
 
 from deltanet_ref.errors import counted
@@ -14,16 +15,25 @@ examples:
 def add_arguments(parser):
     parser.epilog = EPILOG
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--list", action="store_true",
-                      help="print every case with its sizes and flags, and the mistakes that each flag reveals")
+    what.add_argument(
+        "--list",
+        action="store_true",
+        help="print every case with its sizes and flags, and the mistakes that each flag reveals",
+    )
     what.add_argument("--out", metavar="DIR", help="write the inputs and expected outputs of each case as files")
     what.add_argument("--make", metavar="DIR", help="rebuild the package's vectors from the definition, in DIR")
-    what.add_argument("--verify", action="store_true",
-                      help="rebuild the vectors in memory and compare them with those of the package")
-    parser.add_argument("--cases", nargs="+", metavar="PATTERN", default=["*"],
-                        help="case ids, shell patterns or groups (default: all)")
-    parser.add_argument("--format", choices=("safetensors", "npz", "gguf"), default="safetensors",
-                        help="file format of --out: safetensors, npz or gguf (default safetensors)")
+    what.add_argument(
+        "--verify", action="store_true", help="rebuild the vectors in memory and compare them with those of the package"
+    )
+    parser.add_argument(
+        "--cases", nargs="+", metavar="PATTERN", default=["*"], help="case ids, shell patterns or groups (default: all)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("safetensors", "npz", "gguf"),
+        default="safetensors",
+        help="file format of --out: safetensors, npz or gguf (default safetensors)",
+    )
 
 
 def run(args):
@@ -36,8 +46,11 @@ def run(args):
         print(f"Wrote {counted(len(CASES), 'case')} to {args.make}")
     elif args.verify:
         wrong = verify_vectors(VECTORS)
-        print("\n".join(wrong) or f"{counted(len(CASES), 'case')}: checksums, metadata and inputs are equal, "
-              f"outputs agree within {ELSEWHERE:g} of their scale")
+        print(
+            "\n".join(wrong)
+            or f"{counted(len(CASES), 'case')}: checksums, metadata and inputs are equal, "
+            f"outputs agree within {ELSEWHERE:g} of their scale"
+        )
         return 1 if wrong else 0
     elif args.list:
         print_list(select(args.cases))

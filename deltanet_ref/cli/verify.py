@@ -1,4 +1,5 @@
 """deltanet-ref verify: does this adapter match this base model, and what does it change."""
+
 import json
 from collections import defaultdict
 from dataclasses import asdict
@@ -7,10 +8,13 @@ from deltanet_ref.cli.model import add_model_arguments, load, split_scale
 from deltanet_ref.errors import InputError, printable, shown
 from deltanet_ref.formats.files import read_text
 
-PROMPTS = ("The ship left the harbour before the morning.", "Question: what is 7 times 6?\nAnswer:",
-           "def add(a, b):\n    return a + b\n")
-LONGEST = 512            # tokens of each prompt that are used
-LISTED = 20              # names printed of each list
+PROMPTS = (
+    "The ship left the harbour before the morning.",
+    "Question: what is 7 times 6?\nAnswer:",
+    "def add(a, b):\n    return a + b\n",
+)
+LONGEST = 512  # tokens of each prompt that are used
+LISTED = 20  # names printed of each list
 
 EPILOG = """\
 The exit status is 1 when the adapter does not match, has no effect, or was probably made for another base; the likely
@@ -28,9 +32,15 @@ def add_arguments(parser):
     parser.epilog = EPILOG
     add_model_arguments(parser)
     parser.add_argument("adapter_file", metavar="ADAPTER[=SCALE]", help="a GGUF adapter or a PEFT directory")
-    parser.add_argument("-p", "--prompt", action="append", default=[], metavar="TEXT",
-                        help=f"a prompt, of which the first {LONGEST} tokens are used; may be given several times "
-                             "(default: three short texts)")
+    parser.add_argument(
+        "-p",
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f"a prompt, of which the first {LONGEST} tokens are used; may be given several times "
+        "(default: three short texts)",
+    )
     parser.add_argument("--prompts", metavar="FILE", help="a text file with one prompt per line")
     parser.add_argument("--merged", metavar="MODEL", help="also compare this merged model (GGUF or HF)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -74,12 +84,14 @@ def print_result(result):
     for layer in sorted(layers):
         print(f"  layer {layer:<3} " + "  ".join(f"{tensor} {size:.1e}" for tensor, size in layers[layer].items()))
     if effect := result.effect:
-        print(f"\neffect on {effect.positions} positions\n"
-              f"  logits change by      {effect.distance:.2e} (relative)\n"
-              f"  KL(base || adapted)   {effect.kl:.3e} nats\n"
-              f"  top-1 changes         {100 * effect.top1:.1f} %\n"
-              f"  loss of the prompts   {effect.base_loss:.4f} -> {effect.adapted_loss:.4f}\n"
-              f"  merged versus live    {effect.merged_distance:.1e}")
+        print(
+            f"\neffect on {effect.positions} positions\n"
+            f"  logits change by      {effect.distance:.2e} (relative)\n"
+            f"  KL(base || adapted)   {effect.kl:.3e} nats\n"
+            f"  top-1 changes         {100 * effect.top1:.1f} %\n"
+            f"  loss of the prompts   {effect.base_loss:.4f} -> {effect.adapted_loss:.4f}\n"
+            f"  merged versus live    {effect.merged_distance:.1e}"
+        )
     if result.distances:
         print("\nrelative distance of other outputs from these")
     for name, distance in result.distances.items():

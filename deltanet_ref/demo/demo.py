@@ -1,4 +1,5 @@
 """The demo: adapt the embedded model to a dialect that it never read, and measure what changed."""
+
 from pathlib import Path
 
 from deltanet_ref import generate, new_adapter, train
@@ -9,7 +10,7 @@ from deltanet_ref.train.report import TrainReport
 
 HERE = Path(__file__).parent
 MODEL = HERE / "king-james.gguf"
-ADAPT = HERE / "adapt.jsonl"                        # made by bench/tiny_model/dialect.py, like the two files below
+ADAPT = HERE / "adapt.jsonl"  # made by bench/tiny_model/dialect.py, like the two files below
 EVALUATE = {"Scots": HERE / "evaluate.jsonl", "plain English": HERE / "evaluate-english.jsonl"}
 
 RANK = 16

@@ -1,4 +1,5 @@
 """Atomic writing, and reading of text and JSON with errors in one line."""
+
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from deltanet_ref.errors import InputError, shown
 
-MAX_NESTING = 100        # levels of JSON objects and arrays
+MAX_NESTING = 100  # levels of JSON objects and arrays
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as e:
-        part = text[max(e.start - 20, 0):e.start + 20]
+        part = text[max(e.start - 20, 0) : e.start + 20]
         raise InputError(f"the text has a lone surrogate at character {e.start}, in {shown(part)}: remove it") from e
 
 
@@ -117,8 +118,7 @@ def parse_json(where: Path | str, text: str) -> dict:
             raise InputError(f"expected a JSON object, found {type(value).__name__}")
         level = [value]
         for _ in range(MAX_NESTING):
-            level = [x for v in level if isinstance(v, dict | list)
-                     for x in (v.values() if isinstance(v, dict) else v)]
+            level = [x for v in level if isinstance(v, dict | list) for x in (v.values() if isinstance(v, dict) else v)]
         if level:
             raise InputError(f"it is nested deeper than {MAX_NESTING} levels")
     except (ValueError, RecursionError) as e:

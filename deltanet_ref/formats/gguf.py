@@ -10,6 +10,7 @@ Layout (github.com/ggml-org/ggml/blob/master/docs/gguf.md), little endian:
 
 Files are not trusted: every count, length and range is checked against the file's size before it is used.
 """
+
 import struct
 from array import array
 from collections.abc import Sequence
@@ -26,39 +27,48 @@ from deltanet_ref.formats.quants import stored_bytes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_DIMENSIONS = 4      # llama.cpp's GGML_MAX_DIMS
-MAX_NAME_BYTES = 63     # llama.cpp's GGML_MAX_NAME less its final zero
-SMALLEST_KEY = 8 + 4 + 1            # minimum bytes of a key and of a tensor in the header
+MAX_DIMENSIONS = 4  # llama.cpp's GGML_MAX_DIMS
+MAX_NAME_BYTES = 63  # llama.cpp's GGML_MAX_NAME less its final zero
+SMALLEST_KEY = 8 + 4 + 1  # minimum bytes of a key and of a tensor in the header
 SMALLEST_TENSOR = 8 + 4 + 4 + 8
 
-LENGTH = struct.Struct("<Q")         # of a string
+LENGTH = struct.Struct("<Q")  # of a string
 U32, U64 = np.dtype("<u4"), np.dtype("<u8")
 VALUE_DTYPES = {
-    GGUFValueType.UINT8: np.dtype("u1"), GGUFValueType.INT8: np.dtype("i1"),
-    GGUFValueType.UINT16: np.dtype("<u2"), GGUFValueType.INT16: np.dtype("<i2"),
-    GGUFValueType.UINT32: U32, GGUFValueType.INT32: np.dtype("<i4"),
-    GGUFValueType.UINT64: U64, GGUFValueType.INT64: np.dtype("<i8"),
-    GGUFValueType.FLOAT32: np.dtype("<f4"), GGUFValueType.FLOAT64: np.dtype("<f8"),
+    GGUFValueType.UINT8: np.dtype("u1"),
+    GGUFValueType.INT8: np.dtype("i1"),
+    GGUFValueType.UINT16: np.dtype("<u2"),
+    GGUFValueType.INT16: np.dtype("<i2"),
+    GGUFValueType.UINT32: U32,
+    GGUFValueType.INT32: np.dtype("<i4"),
+    GGUFValueType.UINT64: U64,
+    GGUFValueType.INT64: np.dtype("<i8"),
+    GGUFValueType.FLOAT32: np.dtype("<f4"),
+    GGUFValueType.FLOAT64: np.dtype("<f8"),
     GGUFValueType.BOOL: np.dtype("u1"),
 }
 VALUE_TYPES = {dtype: kind for kind, dtype in VALUE_DTYPES.items() if kind != GGUFValueType.BOOL}
 VALUE_TYPES[np.dtype(bool)] = GGUFValueType.BOOL
-SCALAR_DTYPES = {bool: np.bool_, int: U32, float: np.dtype("<f4")}          # in which Python values are written
+SCALAR_DTYPES = {bool: np.bool_, int: U32, float: np.dtype("<f4")}  # in which Python values are written
 LIST_DTYPES = {bool: np.bool_, int: np.dtype("<i4"), float: np.dtype("<f4")}
 TENSOR_TYPES = {
-    np.dtype("<f4"): GGMLQuantizationType.F32, np.dtype("<f2"): GGMLQuantizationType.F16,
-    np.dtype("<f8"): GGMLQuantizationType.F64, np.dtype("i1"): GGMLQuantizationType.I8,
-    np.dtype("<i2"): GGMLQuantizationType.I16, np.dtype("<i4"): GGMLQuantizationType.I32,
+    np.dtype("<f4"): GGMLQuantizationType.F32,
+    np.dtype("<f2"): GGMLQuantizationType.F16,
+    np.dtype("<f8"): GGMLQuantizationType.F64,
+    np.dtype("i1"): GGMLQuantizationType.I8,
+    np.dtype("<i2"): GGMLQuantizationType.I16,
+    np.dtype("<i4"): GGMLQuantizationType.I32,
     np.dtype("<i8"): GGMLQuantizationType.I64,
 }
 
 
 class GGUFTensor(NamedTuple):
     """One stored tensor."""
+
     name: str
-    shape: tuple                    # NumPy order: rows first, the contiguous axis last
+    shape: tuple  # NumPy order: rows first, the contiguous axis last
     type: GGMLQuantizationType
-    raw: np.ndarray                 # (nbytes,) uint8, a read-only view of the file
+    raw: np.ndarray  # (nbytes,) uint8, a read-only view of the file
 
     @property
     def nbytes(self) -> int:
@@ -68,9 +78,10 @@ class GGUFTensor(NamedTuple):
 
 class GGUFFile(NamedTuple):
     """An open GGUF file, of which only the header has been read."""
+
     path: Path
-    metadata: dict                  # UINT32 as int, FLOAT32 as float, bool, str; other numbers as NumPy scalars
-    tensors: dict                   # name -> GGUFTensor, in file order
+    metadata: dict  # UINT32 as int, FLOAT32 as float, bool, str; other numbers as NumPy scalars
+    tensors: dict  # name -> GGUFTensor, in file order
 
 
 class StringArray(Sequence):
@@ -86,7 +97,7 @@ class StringArray(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         start = self._starts[index]
-        length, = LENGTH.unpack_from(self._data, start)
+        (length,) = LENGTH.unpack_from(self._data, start)
         return next(self._decoded([start], [start + LENGTH.size + length]))
 
     def __iter__(self):
@@ -96,7 +107,7 @@ class StringArray(Sequence):
         data, size = self._data, LENGTH.size
         try:
             for start, end in zip(starts, ends):
-                yield str(data[start + size:end], "utf-8")
+                yield str(data[start + size : end], "utf-8")
         except UnicodeDecodeError as e:
             raise InputError(f"{self._path}: the string at byte {start} is not UTF-8: the file is damaged") from e
 
@@ -132,8 +143,10 @@ def read_gguf(path: Path | str) -> GGUFFile:
         metadata[key] = header.value(key)
     parts = metadata.get("split.count", 1)
     if not isinstance(parts, (int, np.integer)) or parts > 1:
-        raise InputError(f"{path}: is a part of a split file (split.count is {shown(parts)}): join the parts with "
-                         "llama-gguf-split --merge first")
+        raise InputError(
+            f"{path}: is a part of a split file (split.count is {shown(parts)}): join the parts with "
+            "llama-gguf-split --merge first"
+        )
     try:
         alignment = _alignment(metadata)
     except InputError as e:
@@ -158,7 +171,7 @@ class _Header:
     def take(self, n, what="a value"):
         self.require(n, what)
         self.offset += n
-        return self.bytes[self.offset - n:self.offset]
+        return self.bytes[self.offset - n : self.offset]
 
     def number(self, dtype):
         return np.frombuffer(self.take(dtype.itemsize), dtype)[0]
@@ -225,7 +238,7 @@ class _Header:
             if base + offset + nbytes > len(self.bytes):
                 end = base + offset + nbytes
                 raise self.damaged(f"the tensor {shown(name)} ends at byte {end} of {len(self.bytes)}")
-            tensors[name] = GGUFTensor(name, shape, kind, self.data[base + offset:base + offset + nbytes])
+            tensors[name] = GGUFTensor(name, shape, kind, self.data[base + offset : base + offset + nbytes])
             expected = _padded(offset + nbytes, alignment)
         return tensors
 
@@ -238,8 +251,10 @@ class _Header:
         try:
             kind = GGMLQuantizationType(number)
         except ValueError as e:
-            raise InputError(f"{self.path}: the tensor {shown(name)} has the unknown type {number}: convert the model "
-                             "to another type, or upgrade the gguf package") from e
+            raise InputError(
+                f"{self.path}: the tensor {shown(name)} has the unknown type {number}: convert the model "
+                "to another type, or upgrade the gguf package"
+            ) from e
         if 0 in shape:
             raise self.damaged(f"the tensor {shown(name)} has the shape {shape}")
         try:
@@ -298,8 +313,10 @@ def _stored(name, tensor):
 
 def _checked(name, raw, kind, shape):
     if raw.nbytes != stored_bytes(kind, shape):
-        raise InputError(f"the tensor {shown(name)}, {shape} as {kind.name}, needs {stored_bytes(kind, shape)} bytes, "
-                         f"{raw.nbytes} were given")
+        raise InputError(
+            f"the tensor {shown(name)}, {shape} as {kind.name}, needs {stored_bytes(kind, shape)} bytes, "
+            f"{raw.nbytes} were given"
+        )
     return np.ascontiguousarray(raw)
 
 
@@ -318,8 +335,9 @@ def _packed_value(key, value):
         array = _typed(value)
         kind = struct.pack("<I", VALUE_TYPES[array.dtype])
     except (KeyError, ValueError, OverflowError) as e:
-        raise InputError(f"GGUF metadata cannot hold {shown(value)} for {shown(key)}: pass a NumPy scalar or 1-D "
-                         "array") from e
+        raise InputError(
+            f"GGUF metadata cannot hold {shown(value)} for {shown(key)}: pass a NumPy scalar or 1-D array"
+        ) from e
     if array.ndim:
         kind = struct.pack("<I", GGUFValueType.ARRAY) + kind + LENGTH.pack(array.size)
     return kind + array.tobytes()
@@ -330,7 +348,7 @@ def _typed(value):
     if type(value) in SCALAR_DTYPES:
         return np.array(value, SCALAR_DTYPES[type(value)])
     if isinstance(value, list):
-        kind, = {type(v) for v in value}        # ValueError unless all have one type
+        (kind,) = {type(v) for v in value}  # ValueError unless all have one type
         value = np.array(value, LIST_DTYPES[kind])
     array = np.asarray(value)
     if array.ndim > 1:

@@ -8,6 +8,7 @@ rounded first, so that the scales and q compensate for its rounding. Q8_0 is pla
 
 Layouts: ggml-common.h of github.com/ggml-org/ggml, block_q8_0 ... block_q6_K.
 """
+
 import numpy as np
 
 from deltanet_ref.errors import InputError
@@ -15,14 +16,14 @@ from deltanet_ref.errors import InputError
 SUPERBLOCK = 256
 # Initial scales: the range of x divided into this many more steps than q has. Chosen by measured error.
 STARTS = (-0.75, -0.25, 0.0, 0.25, 0.75, 1.5)
-ROUNDS = 2                                         # iterations of the two steps from each start
+ROUNDS = 2  # iterations of the two steps from each start
 
 
 def q8_0(x: np.ndarray) -> np.ndarray:
     """x (n, 32) float32 -> (n, 34) uint8: d as float16, then 32 int8 with x ~ d q, d = max |x| / 127."""
     d = np.abs(x).max(axis=1) / np.float32(127)
     scaled = x * _inverse(d)[:, None]
-    q = np.trunc(scaled + np.copysign(np.float32(0.5), scaled))        # halves away from zero, as C's roundf
+    q = np.trunc(scaled + np.copysign(np.float32(0.5), scaled))  # halves away from zero, as C's roundf
     return np.concatenate([_half_bytes(d), q.astype(np.int8).view(np.uint8)], axis=1)
 
 
@@ -46,8 +47,9 @@ def q6_k(x: np.ndarray) -> np.ndarray:
     low = quarters[:, :, :2] & 15 | (quarters[:, :, 2:] & 15) << 4
     high = np.bitwise_or.reduce(quarters >> 4 << np.array([0, 2, 4, 6], np.uint8)[:, None], axis=2)
     n = len(x)
-    return np.concatenate([low.reshape(n, 128), high.reshape(n, 64), c.astype(np.int8).view(np.uint8),
-                           _half_bytes(d)], axis=1)
+    return np.concatenate(
+        [low.reshape(n, 128), high.reshape(n, 64), c.astype(np.int8).view(np.uint8), _half_bytes(d)], axis=1
+    )
 
 
 def q4_k(x: np.ndarray) -> np.ndarray:
@@ -93,7 +95,7 @@ def _fit_scale(x, low, high):
             q = _nearest(x, s[..., None], low, high)
             xq, qq = _dot(x, q), _dot(q, q)
             s = _ratio(xq, qq)
-        gain = s * xq                              # |x|^2 - |x - s q|^2
+        gain = s * xq  # |x|^2 - |x - s q|^2
         best, most = np.where(gain > most, s, best), np.maximum(gain, most)
     return best
 
@@ -112,13 +114,12 @@ def _fit_line(x, top):
             q_sum, xq, qq = q.sum(axis=-1), _dot(x, q), _dot(q, q)
             s = _ratio(n * xq - x_sum * q_sum, n * qq - q_sum * q_sum)
             m = (s * q_sum - x_sum) / n
-            s = np.where(m < 0, _ratio(xq, qq), s)             # then the best line with m >= 0 has m = 0
+            s = np.where(m < 0, _ratio(xq, qq), s)  # then the best line with m >= 0 has m = 0
             s, m = np.maximum(s, 0), np.maximum(m, 0)
         r = x + m[..., None] - s[..., None] * _nearest(x + m[..., None], s[..., None], 0, top)
         error = _dot(r, r)
         better = error < least
-        best_s, best_m, least = (np.where(better, new, old)
-                                 for new, old in ((s, best_s), (m, best_m), (error, least)))
+        best_s, best_m, least = (np.where(better, new, old) for new, old in ((s, best_s), (m, best_m), (error, least)))
     return best_s, best_m
 
 

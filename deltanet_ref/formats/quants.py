@@ -1,4 +1,5 @@
 """Stored tensor bytes <-> arrays for every type that the gguf package decodes, and whether they are all finite."""
+
 import math
 import os
 from collections.abc import Iterator
@@ -11,26 +12,47 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quantizers
 
-PLAIN = {GGMLQuantizationType.F64: np.dtype("<f8"), GGMLQuantizationType.F32: np.dtype("<f4"),
-         GGMLQuantizationType.F16: np.dtype("<f2")}
-TYPES = tuple(GGMLQuantizationType[name] for name in """
+PLAIN = {
+    GGMLQuantizationType.F64: np.dtype("<f8"),
+    GGMLQuantizationType.F32: np.dtype("<f4"),
+    GGMLQuantizationType.F16: np.dtype("<f2"),
+}
+TYPES = tuple(
+    GGMLQuantizationType[name]
+    for name in """
     F64 F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K TQ1_0 TQ2_0 MXFP4 NVFP4
-    IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS""".split())     # dequantize reads these
-QUANTIZABLE = tuple(GGMLQuantizationType[name] for name in """
-    F64 F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K TQ1_0 TQ2_0 MXFP4""".split())     # quantize writes these
-_OURS = {GGMLQuantizationType[f.__name__.upper()]: f for f in
-         (quantizers.q8_0, quantizers.q4_0, quantizers.q4_k, quantizers.q5_k, quantizers.q6_k)}
-PIECE = 1 << 18        # values that one thread quantises at a time: its temporaries stay in the cache
+    IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS""".split()
+)  # dequantize reads these
+QUANTIZABLE = tuple(
+    GGMLQuantizationType[name]
+    for name in """
+    F64 F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K TQ1_0 TQ2_0 MXFP4""".split()
+)  # quantize writes these
+_OURS = {
+    GGMLQuantizationType[f.__name__.upper()]: f
+    for f in (quantizers.q8_0, quantizers.q4_0, quantizers.q4_k, quantizers.q5_k, quantizers.q6_k)
+}
+PIECE = 1 << 18  # values that one thread quantises at a time: its temporaries stay in the cache
 # Byte offsets of the float16 scales within a block (ggml-common.h). Whatever its other bytes, a block decodes to finite
 # values exactly if these are finite: 65504 times the largest integers is far below float32's limit, and infinity times
 # zero is NaN. NVFP4's 8-bit scales are always finite. MXFP4 and IQ1_M have scales of another form.
-SCALES = {GGMLQuantizationType[name]: offsets for offsets, names in {
-    (0,): "Q4_0 Q5_0 Q8_0 IQ1_S IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS",
-    (0, 2): "Q4_1 Q5_1 Q4_K Q5_K", (80, 82): "Q2_K", (108,): "Q3_K", (208,): "Q6_K", (52,): "TQ1_0", (64,): "TQ2_0",
-    (): "NVFP4"}.items() for name in names.split()}
-MXFP4_OVERFLOWS = 253       # the least power-of-two scale byte with which a 4-bit value, 12 at most, can exceed float32
+SCALES = {
+    GGMLQuantizationType[name]: offsets
+    for offsets, names in {
+        (0,): "Q4_0 Q5_0 Q8_0 IQ1_S IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS",
+        (0, 2): "Q4_1 Q5_1 Q4_K Q5_K",
+        (80, 82): "Q2_K",
+        (108,): "Q3_K",
+        (208,): "Q6_K",
+        (52,): "TQ1_0",
+        (64,): "TQ2_0",
+        (): "NVFP4",
+    }.items()
+    for name in names.split()
+}
+MXFP4_OVERFLOWS = 253  # the least power-of-two scale byte with which a 4-bit value, 12 at most, can exceed float32
 HALF_INFINITY, BFLOAT_INFINITY = 0x7C00, 0x7F80
-SCANNED, DECODED = 1 << 20, 1 << 16     # stored bytes examined at a time, as bits or decoded: they stay in the cache
+SCANNED, DECODED = 1 << 20, 1 << 16  # stored bytes examined at a time, as bits or decoded: they stay in the cache
 
 
 def stored_bytes(type: GGMLQuantizationType, shape: tuple) -> int:
@@ -53,7 +75,7 @@ def dequantize(raw: np.ndarray, type: GGMLQuantizationType, shape: tuple, dtype=
     if raw.nbytes != stored_bytes(type, shape):
         raise InputError(f"a {type.name} tensor {shape} has {stored_bytes(type, shape)} bytes, {raw.nbytes} were given")
     raw = np.ascontiguousarray(raw)
-    with np.errstate(over="ignore", invalid="ignore"):      # any file may hold inf and NaN
+    with np.errstate(over="ignore", invalid="ignore"):  # any file may hold inf and NaN
         if type in PLAIN:
             values = raw.reshape(-1).view(PLAIN[type])
         else:
@@ -81,8 +103,9 @@ def quantize(values: np.ndarray, type: GGMLQuantizationType) -> np.ndarray:
             raise InputError(f"values that are not finite cannot be quantised to {type.name}")
         at_once = PIECE // blocks.shape[1]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            stored = np.concatenate(list(pool.map(_OURS[type], (blocks[i:i + at_once]
-                                                                for i in range(0, len(blocks), at_once)))))
+            stored = np.concatenate(
+                list(pool.map(_OURS[type], (blocks[i : i + at_once] for i in range(0, len(blocks), at_once))))
+            )
     else:
         stored = quants.quantize(np.ascontiguousarray(values, np.float32), type)
     return stored.reshape(-1).view(np.uint8)
@@ -112,8 +135,11 @@ def stored_finite(raw: np.ndarray, type: GGMLQuantizationType) -> bool:
     block, size = GGML_QUANT_SIZES[type]
     blocks = raw.reshape(-1, size)
     if type in SCALES:
-        return all(_finite(piece[:, at:at + 2].view("<i2")[:, 0], HALF_INFINITY)
-                   for piece in _pieces(blocks, SCANNED) for at in SCALES[type])
+        return all(
+            _finite(piece[:, at : at + 2].view("<i2")[:, 0], HALF_INFINITY)
+            for piece in _pieces(blocks, SCANNED)
+            for at in SCALES[type]
+        )
     if type == GGMLQuantizationType.MXFP4:
         blocks = blocks[blocks[:, 0] >= MXFP4_OVERFLOWS]
     return all(finite(dequantize(piece, type, (len(piece), block))) for piece in _pieces(blocks, DECODED))
@@ -133,8 +159,8 @@ def _finite(bits: np.ndarray, infinity: int) -> bool:
 
 def _pieces(rows: np.ndarray, nbytes: int) -> Iterator[np.ndarray]:
     """rows[0:n], rows[n:2n], ...: of nbytes each, or a single row if that is larger."""
-    step = max(1, nbytes // max(1, rows.strides[0]))       # the stride of no rows is 0
-    return (rows[i:i + step] for i in range(0, len(rows), step))
+    step = max(1, nbytes // max(1, rows.strides[0]))  # the stride of no rows is 0
+    return (rows[i : i + step] for i in range(0, len(rows), step))
 
 
 def rows(raw: np.ndarray, type: GGMLQuantizationType, shape: tuple, ids) -> np.ndarray:

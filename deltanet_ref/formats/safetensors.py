@@ -1,4 +1,5 @@
 """safetensors files and HF's sharded directories: a mapping of arrays that are read on access, and writing."""
+
 import json
 import math
 import struct
@@ -13,8 +14,18 @@ from safetensors import SafetensorError, safe_open
 from deltanet_ref.errors import InputError, shown
 from deltanet_ref.formats.files import atomic_write, parse_json, read_json, utf8
 
-DTYPES = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "I32": "<i4", "BF16": "<u2", "F16": "<f2", "I16": "<i2", "I8": "i1",
-          "U8": "u1", "BOOL": "?"}      # the library writes tensors in this order of their dtypes: all stay aligned
+DTYPES = {
+    "I64": "<i8",
+    "F64": "<f8",
+    "F32": "<f4",
+    "I32": "<i4",
+    "BF16": "<u2",
+    "F16": "<f2",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}  # the library writes tensors in this order of their dtypes: all stay aligned
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items() if name != "BF16"}
 MAX_DIMENSIONS = 8
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -22,9 +33,10 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 class StoredTensor(NamedTuple):
     """One tensor as stored."""
-    dtype: str              # safetensors' name
+
+    dtype: str  # safetensors' name
     shape: tuple
-    raw: np.ndarray         # (nbytes,) uint8, a read-only view of the file
+    raw: np.ndarray  # (nbytes,) uint8, a read-only view of the file
 
 
 class SafeTensors(Mapping):
@@ -72,8 +84,10 @@ def read_safetensors(path: Path | str) -> SafeTensors:
         raise InputError(f"{path / INDEX}: is not a safetensors index: fetch it again")
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if not name.endswith(".safetensors") or "/" in name or "\\" in name]:
-        raise InputError(f"{path / INDEX}: refers to {shown(outside[0])}, which is not a .safetensors file of this "
-                         "directory: fetch it again")
+        raise InputError(
+            f"{path / INDEX}: refers to {shown(outside[0])}, which is not a .safetensors file of this "
+            "directory: fetch it again"
+        )
     shards = {name: _open(path / name)[0] for name in names}
     missing = sorted(name for name, shard in weight_map.items() if name not in shards[shard])
     if missing:
@@ -94,12 +108,16 @@ def _open(path):
     start = 8 + int(data[:8].view("<u8")[0])
     header = parse_json(path, data[8:start].tobytes())
     header.pop("__metadata__", None)
-    stored = {name: StoredTensor(t["dtype"], tuple(t["shape"]), data[start:][slice(*t["data_offsets"])])
-              for name, t in header.items()}
+    stored = {
+        name: StoredTensor(t["dtype"], tuple(t["shape"]), data[start:][slice(*t["data_offsets"])])
+        for name, t in header.items()
+    }
     for name, (_, shape, _) in stored.items():
-        if len(shape) > MAX_DIMENSIONS or math.prod(filter(None, shape)) > sys.maxsize // 8:     # what NumPy takes
-            raise InputError(f"{path}: the tensor {shown(name)} has the shape {shown(shape)}: the file is damaged, "
-                             "fetch or convert it again")
+        if len(shape) > MAX_DIMENSIONS or math.prod(filter(None, shape)) > sys.maxsize // 8:  # what NumPy takes
+            raise InputError(
+                f"{path}: the tensor {shown(name)} has the shape {shown(shape)}: the file is damaged, "
+                "fetch or convert it again"
+            )
     return stored, metadata
 
 
@@ -129,6 +147,6 @@ def write_safetensors(path: Path | str, tensors: dict, metadata: dict | None = N
 
 def _stored(array):
     """An array as (raw, dtype, shape)."""
-    array = np.asarray(array, order="C")         # ascontiguousarray would turn 0-D into 1-D
+    array = np.asarray(array, order="C")  # ascontiguousarray would turn 0-D into 1-D
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return array.reshape(-1).view(np.uint8), NAMES[array.dtype], array.shape

@@ -7,6 +7,7 @@ A template is a program from an untrusted file. jinja's sandbox denies it access
 loops and strings that keep doubling. This process bounds both: an alarm ends it after SECONDS, and its memory is
 limited to BYTES. It imports nothing of the package, so that it starts fast.
 """
+
 import json
 import resource
 import signal
@@ -18,13 +19,16 @@ from functools import lru_cache
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-LONGEST = 1 << 21           # characters of a rendered conversation: 8 per token of a context of 262,144
+LONGEST = 1 << 21  # characters of a rendered conversation: 8 per token of a context of 262,144
+
 
 def raise_exception(message):
+    """What chat templates call to refuse a conversation."""
     raise TemplateError(message)
 
 
 def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """JSON as transformers' template filter prints it."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -59,11 +63,11 @@ def serve(seconds, size):
     compiled = lru_cache(maxsize=8)(environment().from_string)
     limit_memory(size)
     for line in sys.stdin:
-        signal.alarm(seconds)           # not caught, so it ends the process in any state
+        signal.alarm(seconds)  # not caught, so it ends the process in any state
         try:
             template, variables = json.loads(line)
             answer = json.dumps([rendered(compiled(template), variables), None])
-        except Exception as error:      # a template may fail in any way
+        except Exception as error:  # a template may fail in any way
             answer = json.dumps([None, str(error) or type(error).__name__])
         signal.alarm(0)
         print(answer, flush=True)

@@ -3,6 +3,7 @@
 The merging is ours, because the tokenizers library takes twice the time and memory to load 248,320 tokens (0.57 s and
 199 MiB against 0.30 s and 100 MiB). That library provides the Unicode regex and NFC, and is the oracle in the tests.
 """
+
 import json
 import os
 import re
@@ -26,14 +27,14 @@ from deltanet_ref.formats.gguf import GGUFFile, StringArray, read_gguf
 # Pre-tokenizers by GGUF name; the regex is the one in the model's tokenizer.json.
 PRE_TOKENIZERS = {
     "qwen35": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
-              r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 }
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5      # tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
 PREFIX = "tokenizer.ggml."
 NORMALIZERS = {"NFC": normalizers.NFC().normalize_str, None: str}
-MOST_UNUSED = 1 << 16       # limit of unassigned ids below the largest one; real vocabularies have none
-WORDS_KEPT = 1 << 16        # pre-tokens whose ids are cached
-TEMPLATE_NAMES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}    # chat template's -> GGUF's
+MOST_UNUSED = 1 << 16  # limit of unassigned ids below the largest one; real vocabularies have none
+WORDS_KEPT = 1 << 16  # pre-tokens whose ids are cached
+TEMPLATE_NAMES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}  # chat template's -> GGUF's
 END_OF_TURN, PADDING = "<|im_end|>", "<|endoftext|>"
 TEMPLATE_PROCESS = Path(__file__).with_name("template_process.py")
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 1 << 29
@@ -74,19 +75,31 @@ class Tokenizer:
         ggml = {key.removeprefix(PREFIX): value for key, value in file.metadata.items() if key.startswith(PREFIX)}
         tokens, merges, types = (ggml.get(key) for key in ("tokens", "merges", "token_type"))
         if ggml.get("model") != "gpt2" or not isinstance(tokens, StringArray) or not isinstance(merges, StringArray):
-            raise InputError(f"{file.path}: holds no byte-level BPE vocabulary (tokenizer.ggml.model 'gpt2', tokens, "
-                             "merges): use a file that has its tokenizer")
+            raise InputError(
+                f"{file.path}: holds no byte-level BPE vocabulary (tokenizer.ggml.model 'gpt2', tokens, "
+                "merges): use a file that has its tokenizer"
+            )
         if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != len(tokens):
-            raise InputError(f"{file.path}: token_type must have {len(tokens)} integers, one per token: convert it "
-                             "again")
-        ids = {key: int(i) for key in ("bos", "eos", "eot", "padding")
-               if isinstance(i := ggml.get(f"{key}_token_id"), (int, np.integer)) and 0 <= i < len(tokens)}
+            raise InputError(
+                f"{file.path}: token_type must have {len(tokens)} integers, one per token: convert it again"
+            )
+        ids = {
+            key: int(i)
+            for key in ("bos", "eos", "eot", "padding")
+            if isinstance(i := ggml.get(f"{key}_token_id"), (int, np.integer)) and 0 <= i < len(tokens)
+        }
         special = {name: tokens[ids[key]] for name, key in TEMPLATE_NAMES.items() if key in ids}
         template = file.metadata.get("tokenizer.chat_template")
         try:
-            return cls(tokens, types, merges, pre=str(ggml.get("pre")), special=special,
-                       ends=[ids[key] for key in ("eos", "eot") if key in ids],
-                       chat_template=template if isinstance(template, str) else None)
+            return cls(
+                tokens,
+                types,
+                merges,
+                pre=str(ggml.get("pre")),
+                special=special,
+                ends=[ids[key] for key in ("eos", "eot") if key in ids],
+                chat_template=template if isinstance(template, str) else None,
+            )
         except InputError as e:
             raise InputError(f"{file.path}: {e}") from e
 
@@ -132,10 +145,10 @@ class Tokenizer:
         """
         if normalize not in NORMALIZERS:
             raise InputError(f"normalize={shown(normalize)} is unknown: use 'NFC' (as HF) or None (as llama.cpp)")
-        utf8(text)          # raises InputError for a lone surrogate
+        utf8(text)  # raises InputError for a lone surrogate
         ids = []
         for i, piece in enumerate(self._whole[bool(parse_special)].split(text)):
-            if i % 2:       # re.split returns the matches at odd places
+            if i % 2:  # re.split returns the matches at odd places
                 ids.append(self._ids[piece])
             else:
                 for word, _ in self._words.pre_tokenize_str(NORMALIZERS[normalize](piece)):
@@ -161,8 +174,9 @@ class Tokenizer:
         """Returns the id of the token whose vocabulary entry is `text`, or None."""
         return self._ids.get(text)
 
-    def apply_chat_template(self, messages: list, tools: list | None = None, add_generation_prompt: bool = False,
-                            **template_options) -> str:
+    def apply_chat_template(
+        self, messages: list, tools: list | None = None, add_generation_prompt: bool = False, **template_options
+    ) -> str:
         """Renders a conversation as text, as HF does.
 
         messages: list of {"role", "content", ...}; tools: list of JSON schemas, or None; template_options are passed to
@@ -171,8 +185,11 @@ class Tokenizer:
         """
         if not self.chat_template:
             raise InputError("this tokenizer has no chat template: set tokenizer.chat_template to a Jinja text")
-        variables = {"messages": messages, "tools": tools, "documents": None,
-                     "add_generation_prompt": add_generation_prompt} | self._special | template_options
+        variables = (
+            {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
+            | self._special
+            | template_options
+        )
         return _template_process(os.getpid()).render(self.chat_template, variables)
 
     @cached_property
@@ -199,8 +216,10 @@ class Tokenizer:
     def _whole(self):
         """parse_special -> the regex that splits text at the tokens that are matched whole."""
         kinds = {True: [USER_DEFINED, CONTROL, UNKNOWN], False: [USER_DEFINED]}
-        return {parse_special: _alternatives([self._tokens[i] for i in np.flatnonzero(np.isin(self._types, kinds))])
-                for parse_special, kinds in kinds.items()}
+        return {
+            parse_special: _alternatives([self._tokens[i] for i in np.flatnonzero(np.isin(self._types, kinds))])
+            for parse_special, kinds in kinds.items()
+        }
 
     def _merge(self, word):
         """BPE of one pre-token: merges the adjacent pair of the best rank, the leftmost first, until no pair has a rank
@@ -222,7 +241,7 @@ class Tokenizer:
             _, i, left, right = heappop(proposals)
             j = after[i]
             if parts[i] != left or j == len(parts) or parts[j] != right:
-                continue        # stale: one of the two has been merged in the meantime
+                continue  # stale: one of the two has been merged in the meantime
             parts[i], parts[j], after[i] = left + right, None, after[j]
             if after[i] < len(parts):
                 before[after[i]] = i
@@ -231,8 +250,9 @@ class Tokenizer:
         try:
             return [self._ids[part] for part in parts if part is not None]
         except KeyError as e:
-            raise InputError(f"the vocabulary lacks {shown(e.args[0])}, which its merges produce: convert the model "
-                             "again") from e
+            raise InputError(
+                f"the vocabulary lacks {shown(e.args[0])}, which its merges produce: convert the model again"
+            ) from e
 
 
 def tokenizer_metadata(tokenizer_json: dict, chat_template: str | None = None, vocab_size: int | None = None) -> dict:
@@ -242,10 +262,18 @@ def tokenizer_metadata(tokenizer_json: dict, chat_template: str | None = None, v
     for a tokenizer of another kind.
     """
     tokens, types, merges = _vocabulary(tokenizer_json, vocab_size)
-    metadata = {"model": "gpt2", "pre": _pre_tokenizer(tokenizer_json), "tokens": tokens, "token_type": types,
-                "merges": merges}
-    metadata |= {f"{name}_token_id": tokens.index(text)
-                 for name, text in (("eos", END_OF_TURN), ("padding", PADDING)) if text in tokens}
+    metadata = {
+        "model": "gpt2",
+        "pre": _pre_tokenizer(tokenizer_json),
+        "tokens": tokens,
+        "token_type": types,
+        "merges": merges,
+    }
+    metadata |= {
+        f"{name}_token_id": tokens.index(text)
+        for name, text in (("eos", END_OF_TURN), ("padding", PADDING))
+        if text in tokens
+    }
     template = {"tokenizer.chat_template": chat_template} if chat_template else {}
     return {PREFIX + key: value for key, value in metadata.items()} | template
 
@@ -277,13 +305,15 @@ def _vocabulary(tokenizer_json, vocab_size=None):
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         "".join([*kinds, *merges]).encode()
     except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as e:
-        raise InputError(f"is not a BPE tokenizer.json ({e} is missing, misplaced or not a string): fetch it "
-                         "again") from e
+        raise InputError(
+            f"is not a BPE tokenizer.json ({e} is missing, misplaced or not a string): fetch it again"
+        ) from e
     ids = {i for i, _ in kinds.values()}
     size = vocab_size or max(ids, default=-1) + 1
     if not all(0 <= i < size for i in ids) or max(ids, default=0) > len(ids) + MOST_UNUSED:
-        raise InputError(f"token ids {min(ids)}..{max(ids)} of {len(ids)} tokens do not fit a vocabulary of {size}: "
-                         "fetch it again")
+        raise InputError(
+            f"token ids {min(ids)}..{max(ids)} of {len(ids)} tokens do not fit a vocabulary of {size}: fetch it again"
+        )
     if len(ids) < len(kinds):
         raise InputError(f"{len(kinds)} tokens share {len(ids)} ids: fetch it again")
     tokens, types = [f"[PAD{i}]" for i in range(size)], np.full(size, UNUSED, np.int32)
@@ -312,16 +342,23 @@ class _TemplateProcess:
         with self._lock:
             if self._child is None or self._child.poll() is not None:
                 self._child = subprocess.Popen(
-                    [sys.executable, "-P", TEMPLATE_PROCESS, str(TEMPLATE_SECONDS), str(TEMPLATE_BYTES)], text=True,
-                    encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                    start_new_session=True)         # Ctrl-C must not reach it
+                    [sys.executable, "-P", TEMPLATE_PROCESS, str(TEMPLATE_SECONDS), str(TEMPLATE_BYTES)],
+                    text=True,
+                    encoding="utf-8",
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )  # Ctrl-C must not reach it
             with suppress(BrokenPipeError):
                 print(request, file=self._child.stdin, flush=True)
             answer = self._child.stdout.readline()
             if not answer:
                 self._child.wait()
-                raise InputError(f"the chat template was stopped: it took more than {TEMPLATE_SECONDS} s or "
-                                 f"{TEMPLATE_BYTES >> 20} MiB")
+                raise InputError(
+                    f"the chat template was stopped: it took more than {TEMPLATE_SECONDS} s or "
+                    f"{TEMPLATE_BYTES >> 20} MiB"
+                )
         text, refusal = json.loads(answer)
         if refusal:
             raise InputError(f"the chat template refuses this conversation: {refusal}")

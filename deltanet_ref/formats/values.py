@@ -1,4 +1,5 @@
 """What a value of a file's metadata is; it may be anything, an array too."""
+
 import numpy as np
 
 

@@ -2,6 +2,7 @@
 
 Factors carry GGUF's names and V-head order: what is trained is what llama.cpp loads.
 """
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -32,8 +33,11 @@ from deltanet_ref.model.load import listing
 from deltanet_ref.model.tensors import linear_tensors
 
 # the metadata of an adapter: name here -> GGUF key
-_METADATA_KEYS = {"task_name": "adapter.lora.task_name", "prompt_prefix": "adapter.lora.prompt_prefix",
-            "invocation_tokens": "adapter.alora.invocation_tokens"}
+_METADATA_KEYS = {
+    "task_name": "adapter.lora.task_name",
+    "prompt_prefix": "adapter.lora.prompt_prefix",
+    "invocation_tokens": "adapter.alora.invocation_tokens",
+}
 
 
 @dataclass
@@ -41,12 +45,12 @@ class Adapter:
     """The factors of a LoRA adapter, for one shape of base model; their arrays live on the backend."""
 
     config: Config
-    tensors: dict              # "<weight>.lora_a" (r, in), "<weight>.lora_b" (out, r); entries may be replaced
+    tensors: dict  # "<weight>.lora_a" (r, in), "<weight>.lora_b" (out, r); entries may be replaced
     alpha: float
-    metadata: dict = field(default_factory=dict)      # task_name, prompt_prefix, invocation_tokens, as far as present
-    notes: list = field(default_factory=list)         # what reading changed, one sentence each
-    types: dict = field(default_factory=dict)         # factor -> stored type when read: "F32", "F16" or "BF16"
-    backend: object = ops                             # backends.interface.Backend
+    metadata: dict = field(default_factory=dict)  # task_name, prompt_prefix, invocation_tokens, as far as present
+    notes: list = field(default_factory=list)  # what reading changed, one sentence each
+    types: dict = field(default_factory=dict)  # factor -> stored type when read: "F32", "F16" or "BF16"
+    backend: object = ops  # backends.interface.Backend
 
     @property
     def targets(self) -> list[str]:
@@ -67,8 +71,12 @@ class Adapter:
         type: "f32", "f16" or "bf16", or "kept" for each factor's type when it was read. Raises InputError when a factor
         was replaced by one that does not match, or when the path cannot be written.
         """
-        metadata = {"general.architecture": ARCHITECTURE, "general.type": "adapter", "adapter.type": "lora",
-                    "adapter.lora.alpha": np.float32(self.alpha)}
+        metadata = {
+            "general.architecture": ARCHITECTURE,
+            "general.type": "adapter",
+            "adapter.type": "lora",
+            "adapter.lora.alpha": np.float32(self.alpha),
+        }
         for name, value in self.metadata.items():
             metadata[_METADATA_KEYS[name]] = np.array(value, np.uint32) if name == "invocation_tokens" else value
         factors, types = self._to_save(type)
@@ -80,8 +88,15 @@ class Adapter:
         prefix: of the module paths, "model.language_model." for the multimodal HF model.
         """
         factors, types = self._to_save(type)
-        write_peft(directory, reorder(factors, self.config, to="grouped"), types, self.alpha, self.config,
-                   metadata=self.metadata, prefix=prefix)
+        write_peft(
+            directory,
+            reorder(factors, self.config, to="grouped"),
+            types,
+            self.alpha,
+            self.config,
+            metadata=self.metadata,
+            prefix=prefix,
+        )
 
     def _to_save(self, type):
         tensors = {name: self.backend.to_host(x) for name, x in self.tensors.items()}
@@ -106,7 +121,7 @@ def new_adapter(model, rank: int = 16, alpha: float = 32, targets: str | list | 
     rng, tensors = np.random.default_rng(seed), {}
     for spec in _chosen(linear_tensors(model.config), targets):
         out, width = spec.shape
-        tensors[f"{spec.name}.lora_a"] = (rng.uniform(-1, 1, (rank, width)) / width ** 0.5).astype(model.dtype)
+        tensors[f"{spec.name}.lora_a"] = (rng.uniform(-1, 1, (rank, width)) / width**0.5).astype(model.dtype)
         tensors[f"{spec.name}.lora_b"] = np.zeros((out, rank), model.dtype)
     return _on_backend(Adapter(model.config, tensors, float(alpha)), model.backend)
 
@@ -136,17 +151,20 @@ def open_adapter(path: Path | str, config: Config, dtype=np.float64, drop: Seque
     check_factors(path, stored.factors, config, stored.unexpected)
     factors = {name: np.asarray(x, np.float64) for name, x in stored.factors.items()}
     alpha, factors, folded = common_alpha(factors, stored.alphas)
-    with np.errstate(over="ignore"):        # checked next
+    with np.errstate(over="ignore"):  # checked next
         factors = {name: x.astype(dtype) for name, x in _in_network_order(factors, config).items()}
     if too_large := [name for name, x in factors.items() if not finite(x)]:
-        raise InputError(f"{path}: {listing('too large', too_large)}: multiplied by their scales they exceed "
-                         f"{np.dtype(dtype)}")
+        raise InputError(
+            f"{path}: {listing('too large', too_large)}: multiplied by their scales they exceed {np.dtype(dtype)}"
+        )
     types = {name: type for name, type in stored.types.items() if name.removesuffix(".lora_b") not in folded}
     if stored.dropped:
         notes.append(listing("left out, as --drop requests", stored.dropped))
     if folded:
-        notes.append(f"the scales differ between tensors: alpha is now {alpha:g}, and lora_b of {len(folded)} of "
-                     f"{len(stored.alphas)} tensors was multiplied by the difference")
+        notes.append(
+            f"the scales differ between tensors: alpha is now {alpha:g}, and lora_b of {len(folded)} of "
+            f"{len(stored.alphas)} tensors was multiplied by the difference"
+        )
     if stored.order == "grouped":
         factors = reorder(factors, config, to="tiled")
     if "invocation_tokens" in stored.metadata:
@@ -162,11 +180,12 @@ def read_adapter(path: Path | str, config: Config, drop: Sequence[str] = ()) -> 
 
 class FactorMatch(NamedTuple):
     """An adapter's factors compared with a model's linear layers; every list but the first should be empty."""
-    matched: list           # targets with both factors, in the right shape
-    missing: list           # absent factors whose partner is present
-    misshapen: list         # target, its shape and those of its factors
-    not_finite: list        # factors that hold NaN or infinity
-    unexpected: list        # entries other than factors of the model's linear layers
+
+    matched: list  # targets with both factors, in the right shape
+    missing: list  # absent factors whose partner is present
+    misshapen: list  # target, its shape and those of its factors
+    not_finite: list  # factors that hold NaN or infinity
+    unexpected: list  # entries other than factors of the model's linear layers
 
 
 def match_factors(factors: dict, config: Config, unexpected: Sequence[str] = ()) -> FactorMatch:
@@ -194,18 +213,31 @@ def check_factors(where: Path | str, factors: dict, config: Config, unexpected: 
     """Raises InputError that lists every factor missing, misshapen or not finite, and all unexpected entries."""
     found = match_factors(factors, config, unexpected)
     if not (found.matched or found.missing or found.misshapen):
-        reason = "it holds no LoRA factors" if not found.unexpected else (
-            f"none of its tensors, such as {shown(found.unexpected[0])}, belongs to a linear layer of this model: it "
-            "was made for another model, or uses other names")
+        reason = (
+            "it holds no LoRA factors"
+            if not found.unexpected
+            else (
+                f"none of its tensors, such as {shown(found.unexpected[0])}, belongs to a linear layer of this model: "
+                "it was made for another model, or uses other names"
+            )
+        )
         raise InputError(f"{where} would do nothing: {reason}")
-    problems = [listing("missing", found.missing),
-                listing("other than LoRA factors of this model's linear layers", found.unexpected, most=40),
-                listing("misshapen (lora_a is (r, in), lora_b is (out, r))", found.misshapen),
-                listing("not finite", found.not_finite)]
+    problems = [
+        listing("missing", found.missing),
+        listing("other than LoRA factors of this model's linear layers", found.unexpected, most=40),
+        listing("misshapen (lora_a is (r, in), lora_b is (out, r))", found.misshapen),
+        listing("not finite", found.not_finite),
+    ]
     if any(problems):
         kinds = dict.fromkeys(drop_kind(name) for name in found.unexpected)
-        remedy = (f". Merge it into the base with PEFT, train without these, or convert with --drop {','.join(kinds)} "
-                  "to leave them out") if kinds else ""
+        remedy = (
+            (
+                f". Merge it into the base with PEFT, train without these, or convert with --drop {','.join(kinds)} "
+                "to leave them out"
+            )
+            if kinds
+            else ""
+        )
         raise InputError(f"{where} does not match the model; " + "; ".join(p for p in problems if p) + remedy)
 
 
@@ -221,18 +253,30 @@ def _read_gguf_adapter(path, config, drop):
         if not is_text(about.get(key), wanted):
             raise InputError(f"{path}: {key} is {shown(about.get(key))}, a LoRA adapter for this model has {wanted!r}")
     known = {f"{name}.lora_{factor}" for name in linear_tensors(config) for factor in "ab"}
-    factors = {name: dequantize(tensor.raw, tensor.type, tensor.shape, np.float64)
-               for name, tensor in file.tensors.items() if name in known}
+    factors = {
+        name: dequantize(tensor.raw, tensor.type, tensor.shape, np.float64)
+        for name, tensor in file.tensors.items()
+        if name in known
+    }
     types = {name: file.tensors[name].type.name for name in factors}
     alpha = about.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, float) or not np.isfinite(alpha):
         raise InputError(f"{path}: adapter.lora.alpha is {shown(alpha)}, not a number")
     # with alpha 0, or without one, llama.cpp applies B A unscaled, which is alpha = r
-    alphas = {name.removesuffix(".lora_a"): alpha or float(math.prod(x.shape[:1])) for name, x in factors.items()
-              if name.endswith(".lora_a")}
+    alphas = {
+        name.removesuffix(".lora_a"): alpha or float(math.prod(x.shape[:1]))
+        for name, x in factors.items()
+        if name.endswith(".lora_a")
+    }
     unexpected = [name for name in file.tensors if name not in known]
-    return StoredAdapter(factors, {n: t for n, t in types.items() if t in FACTOR_TYPES}, alphas, "tiled",
-                         adapter_metadata(file), *split_dropped(unexpected, drop))
+    return StoredAdapter(
+        factors,
+        {n: t for n, t in types.items() if t in FACTOR_TYPES},
+        alphas,
+        "tiled",
+        adapter_metadata(file),
+        *split_dropped(unexpected, drop),
+    )
 
 
 def adapter_metadata(file: GGUFFile) -> dict:
@@ -250,7 +294,7 @@ def _chosen(linear, targets):
     """The specs that targets refer to, in network order. Raises InputError that lists the known names."""
     if targets is None:
         return list(linear.values())
-    means = {}                  # each name that refers to a weight -> its specs
+    means = {}  # each name that refers to a weight -> its specs
     for spec in linear.values():
         path = spec.hf_name.removesuffix(".weight")
         _, part, module = path.rsplit(".", 2)
@@ -260,8 +304,10 @@ def _chosen(linear, targets):
     wanted = [name.strip() for name in targets.split(",")] if isinstance(targets, str) else list(targets)
     if unknown := [name for name in wanted if name not in means]:
         short = {name for name in means if "." not in name}
-        raise InputError(f"unknown LoRA targets {shown(unknown)}: use {', '.join(sorted(short))}, or a tensor's full "
-                         f"name such as {next(iter(linear))}")
+        raise InputError(
+            f"unknown LoRA targets {shown(unknown)}: use {', '.join(sorted(short))}, or a tensor's full "
+            f"name such as {next(iter(linear))}"
+        )
     chosen = {spec.name for name in wanted for spec in means[name]}
     if not chosen:
         raise InputError("the list of LoRA targets is empty: name some, or leave it out for all linear layers")

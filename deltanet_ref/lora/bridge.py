@@ -5,6 +5,7 @@ Anything a plain LoRA cannot express (DoRA magnitudes, whole modules, biases, fa
 The update of a weight is scale B A with A (r, in) and B (out, r): to permute the weight's rows, permute B's rows; to
 permute its columns, permute A's columns. The product is never formed.
 """
+
 import json
 import re
 import subprocess
@@ -31,10 +32,25 @@ _TEXTS = ("task_name", "prompt_prefix")
 _PEFT_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
 
 # fields of adapter_config.json that, unless empty, ask for more than scale B A on linear layers -> their kind in --drop
-_BEYOND_LORA = {"use_dora": "dora", "lora_bias": "bias", "bias": "bias", "modules_to_save": "modules_to_save",
-                **{field: field for field in (
-                    "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora", "use_bdlora",
-                    "arrow_config", "kasa_config", "monteclora_config")}}
+_BEYOND_LORA = {
+    "use_dora": "dora",
+    "lora_bias": "bias",
+    "bias": "bias",
+    "modules_to_save": "modules_to_save",
+    **{
+        field: field
+        for field in (
+            "trainable_token_indices",
+            "target_parameters",
+            "layer_replication",
+            "use_qalora",
+            "use_bdlora",
+            "arrow_config",
+            "kasa_config",
+            "monteclora_config",
+        )
+    },
+}
 # A regular expression from a file may take exponential time: anything but plain names is matched in a process with a
 # time limit.
 _PLAIN_PATTERN = re.compile(r"[\w.-]*")
@@ -51,13 +67,14 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 class StoredAdapter(NamedTuple):
     """An adapter as read from its file."""
-    factors: dict           # "<weight>.lora_a" (r, in) and "<weight>.lora_b" (out, r) under GGUF names -> array
-    types: dict             # the same names -> "F32", "F16" or "BF16"; absent when stored in another type
-    alphas: dict            # target -> alpha, with scale = alpha / r
-    order: str              # of the V heads: "grouped" or "tiled"
-    metadata: dict          # task_name, prompt_prefix, invocation_tokens, as far as present
-    unexpected: list        # other than factors of the model's linear layers: names, "field = value" of the settings
-    dropped: list           # those of them that --drop names
+
+    factors: dict  # "<weight>.lora_a" (r, in) and "<weight>.lora_b" (out, r) under GGUF names -> array
+    types: dict  # the same names -> "F32", "F16" or "BF16"; absent when stored in another type
+    alphas: dict  # target -> alpha, with scale = alpha / r
+    order: str  # of the V heads: "grouped" or "tiled"
+    metadata: dict  # task_name, prompt_prefix, invocation_tokens, as far as present
+    unexpected: list  # other than factors of the model's linear layers: names, "field = value" of the settings
+    dropped: list  # those of them that --drop names
 
 
 def reorder(factors: dict, config: Config, *, to: str) -> dict:
@@ -70,7 +87,7 @@ def reorder(factors: dict, config: Config, *, to: str) -> dict:
     for name, x in factors.items():
         target, factor = name.rsplit(".", 1)
         spec = linear[target]
-        axis = {"lora_b": 0, "lora_a": 1}[factor]          # the same in the factor and in the weight
+        axis = {"lora_b": 0, "lora_a": 1}[factor]  # the same in the factor and in the weight
         moves = spec.v_heads is not None and spec.v_heads.axis == axis
         moved[name] = np.take(x, v_head_index(spec, config, to=to), axis=axis) if moves else x
     return moved
@@ -98,8 +115,10 @@ def read_peft(directory: Path | str, config: Config, drop: Sequence[str] = ()) -
     if peft.get("peft_type") != "LORA":
         raise InputError(f"{directory}/{PEFT_CONFIG} does not describe a LoRA adapter (peft_type LORA)")
     if str(peft.get("init_lora_weights")).lower().startswith(_BASE_CHANGING):
-        raise InputError(f"{directory}: init_lora_weights = {shown(peft['init_lora_weights'])} also changes the base "
-                         "weights: export it from PEFT as a plain LoRA first")
+        raise InputError(
+            f"{directory}: init_lora_weights = {shown(peft['init_lora_weights'])} also changes the base "
+            "weights: export it from PEFT as a plain LoRA first"
+        )
     if not (directory / PEFT_WEIGHTS).is_file():
         raise InputError(f"{directory}/{PEFT_WEIGHTS} does not exist: save the adapter with safetensors")
     by_hf_name = {spec.hf_name: name for name, spec in linear_tensors(config).items()}
@@ -133,7 +152,7 @@ def read_peft(directory: Path | str, config: Config, drop: Sequence[str] = ()) -
 
 def invocation_tokens(values, where: Path | str) -> list[int]:
     """Checks token ids from a file. Raises InputError unless they are a list of integers in 0..2^32 - 1."""
-    if not isinstance(values, list) or not all(type(i) is int and 0 <= i < 2 ** 32 for i in values):
+    if not isinstance(values, list) or not all(type(i) is int and 0 <= i < 2**32 for i in values):
         raise InputError(f"{where}: the invocation tokens are {shown(values)}, not token ids")
     return values
 
@@ -166,14 +185,17 @@ def split_dropped(entries: Sequence[str], drop: Sequence[str]) -> tuple[list[str
 def _ranks_and_alphas(peft, modules, directory):
     """module -> (r, alpha), with scale = alpha / r; PEFT's scale with use_rslora is alpha / sqrt(r)."""
     where, scales = f"{directory}/{PEFT_CONFIG}", {}
-    ranks, alphas = (_by_module(peft, modules, *names, where)
-                     for names in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")))
+    ranks, alphas = (
+        _by_module(peft, modules, *names, where) for names in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )
     for module in modules:
         r, alpha = ranks[module], alphas[module]
-        if not all(isinstance(x, int | float) and 0 < abs(x) < 2 ** 31 for x in (r, alpha)) or r != int(r) or r < 1:
-            raise InputError(f"{where}: {module} has rank {shown(r)} and alpha {shown(alpha)}: the rank must be a "
-                             "positive integer and alpha a number other than 0")
-        scales[module] = int(r), alpha * r ** 0.5 if peft.get("use_rslora") else float(alpha)
+        if not all(isinstance(x, int | float) and 0 < abs(x) < 2**31 for x in (r, alpha)) or r != int(r) or r < 1:
+            raise InputError(
+                f"{where}: {module} has rank {shown(r)} and alpha {shown(alpha)}: the rank must be a "
+                "positive integer and alpha a number other than 0"
+            )
+        scales[module] = int(r), alpha * r**0.5 if peft.get("use_rslora") else float(alpha)
     return scales
 
 
@@ -188,18 +210,35 @@ def _by_module(peft, modules, patterns, default, where):
         matched = [[m for m in modules if re.fullmatch(end, m)] for end in ends]
     else:
         try:
-            done = subprocess.run([sys.executable, "-I", "-c", _MATCH], input=json.dumps([ends, list(modules)]),
-                                  capture_output=True, text=True, timeout=_PATTERN_SECONDS)
+            done = subprocess.run(
+                [sys.executable, "-I", "-c", _MATCH],
+                input=json.dumps([ends, list(modules)]),
+                capture_output=True,
+                text=True,
+                timeout=_PATTERN_SECONDS,
+            )
             matched = json.loads(done.stdout)
         except (subprocess.TimeoutExpired, ValueError) as error:
-            raise InputError(f"{where}: {patterns} cannot be read: it holds an invalid regular expression, or one "
-                             f"that takes more than {_PATTERN_SECONDS} s; write the modules' names instead") from error
-    return {module: next((value for value, found in zip(values.values(), matched) if module in found),
-                         peft.get(default, 8)) for module in modules}
+            raise InputError(
+                f"{where}: {patterns} cannot be read: it holds an invalid regular expression, or one "
+                f"that takes more than {_PATTERN_SECONDS} s; write the modules' names instead"
+            ) from error
+    return {
+        module: next((value for value, found in zip(values.values(), matched) if module in found), peft.get(default, 8))
+        for module in modules
+    }
 
 
-def write_peft(directory: Path | str, factors: dict, types: dict, alpha: float, config: Config, *, metadata: dict,
-               prefix: str = "model.") -> None:
+def write_peft(
+    directory: Path | str,
+    factors: dict,
+    types: dict,
+    alpha: float,
+    config: Config,
+    *,
+    metadata: dict,
+    prefix: str = "model.",
+) -> None:
     """Writes a PEFT LoRA directory: adapter_model.safetensors and adapter_config.json.
 
     factors: in grouped order, under GGUF names; types: name -> "F32", "F16" or "BF16", F32 for the rest; scale =
@@ -212,8 +251,10 @@ def write_peft(directory: Path | str, factors: dict, types: dict, alpha: float, 
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{directory}: the directory cannot be created: {error.strerror}") from None
-    paths = {name: spec.hf_name.removesuffix(".weight").removeprefix("model.")
-             for name, spec in linear_tensors(config).items()}
+    paths = {
+        name: spec.hf_name.removesuffix(".weight").removeprefix("model.")
+        for name, spec in linear_tensors(config).items()
+    }
     tensors = {}
     for name, (raw, type, shape) in encoded(factors, types).items():
         target, factor = name.rsplit(".", 1)
@@ -223,11 +264,18 @@ def write_peft(directory: Path | str, factors: dict, types: dict, alpha: float, 
     short = {path.rsplit(".", 1)[1] for path in ranks}
     everywhere = len(ranks) == sum(path.rsplit(".", 1)[1] in short for path in paths.values())
     peft = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
-        "r": r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0, "bias": "none",
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
         "target_modules": sorted(short if everywhere else ranks),
         "rank_pattern": {path: rank for path, rank in ranks.items() if rank != r},
-        "use_rslora": False, "alora_invocation_tokens": metadata.get("invocation_tokens"),
+        "use_rslora": False,
+        "alora_invocation_tokens": metadata.get("invocation_tokens"),
     }
     texts = {name: metadata[name] for name in _TEXTS if name in metadata}
     write_safetensors(directory / PEFT_WEIGHTS, tensors, {"format": "pt"} | texts)

@@ -1,4 +1,5 @@
 """llama.cpp in this process, through its Python binding xllamacpp, an optional dependency."""
+
 import importlib.util
 import json
 import tempfile
@@ -13,7 +14,7 @@ from deltanet_ref.formats.tokenizer import load_tokenizer
 from deltanet_ref.lora.adapter import Adapter
 
 INSTALL = "pip install xllamacpp"
-ERRORS_ONLY = 1             # level of llama.cpp's log, which it writes to stderr; it uses 3 unless told otherwise
+ERRORS_ONLY = 1  # level of llama.cpp's log, which it writes to stderr; it uses 3 unless told otherwise
 
 
 def installed() -> bool:
@@ -21,8 +22,9 @@ def installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-def log_probabilities(base: Path | str, adapter: Adapter, prompts: Sequence[Sequence[int]],
-                      scales: Sequence[float]) -> np.ndarray:
+def log_probabilities(
+    base: Path | str, adapter: Adapter, prompts: Sequence[Sequence[int]], scales: Sequence[float]
+) -> np.ndarray:
     """Runs base and adapter in llama.cpp -> natural log-probabilities (scales, prompts, V) of the token after each
     prompt, float64.
 
@@ -35,7 +37,7 @@ def log_probabilities(base: Path | str, adapter: Adapter, prompts: Sequence[Sequ
     vocabulary, (letter,) = adapter.config.vocab_size, load_tokenizer(base).encode("a")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "adapter.gguf"
-        replace(adapter, metadata={}).save_gguf(path)       # with invocation tokens it would act from these on only
+        replace(adapter, metadata={}).save_gguf(path)  # with invocation tokens it would act from these on only
         p = xllamacpp.CommonParams()
         p.verbosity = ERRORS_ONLY
         p.model.path, p.n_ctx, p.n_parallel, p.warmup = str(base), max(256, 2 * max(map(len, prompts))), 1, False
@@ -44,10 +46,18 @@ def log_probabilities(base: Path | str, adapter: Adapter, prompts: Sequence[Sequ
         p.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 1.0)]
         server, rows = xllamacpp.Server(p), np.full((len(scales), len(prompts), vocabulary), -np.inf)
         for row, (scale, prompt) in zip(rows.reshape(-1, vocabulary), product(scales, prompts)):
-            reply = server.handle_completions({     # forces the reply "a": one without text comes without probabilities
-                "prompt": [int(t) for t in prompt], "n_predict": 1, "temperature": -1.0, "n_probs": vocabulary,
-                "logit_bias": [[letter, 1000.0]], "cache_prompt": False, "post_sampling_probs": False,
-                "lora": [{"id": 0, "scale": float(scale)}]})
+            reply = server.handle_completions(
+                {  # forces the reply "a": one without text comes without probabilities
+                    "prompt": [int(t) for t in prompt],
+                    "n_predict": 1,
+                    "temperature": -1.0,
+                    "n_probs": vocabulary,
+                    "logit_bias": [[letter, 1000.0]],
+                    "cache_prompt": False,
+                    "post_sampling_probs": False,
+                    "lora": [{"id": 0, "scale": float(scale)}],
+                }
+            )
             reply = json.loads(reply) if isinstance(reply, str) else reply
             if "choices" not in reply:
                 raise RuntimeError(str(reply.get("error", reply)))

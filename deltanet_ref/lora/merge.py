@@ -1,4 +1,5 @@
 """A base model with adapters merged in: W + sum of scale (alpha / r) B A, written tensor by tensor."""
+
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +24,10 @@ def merge(base: Path | str, adapters: list[tuple], output: Path | str, type: str
     opened = [(open_adapter(path, base.config), scale) for path, scale in adapters]
     for (path, _), (adapter, _) in zip(adapters, opened):
         if "invocation_tokens" in adapter.metadata:
-            raise InputError(f"{path}: is an activated LoRA, which acts only from its invocation tokens on and cannot "
-                             "be merged: attach it at run time")
+            raise InputError(
+                f"{path}: is an activated LoRA, which acts only from its invocation tokens on and cannot "
+                "be merged: attach it at run time"
+            )
     targets = dict.fromkeys(target for adapter, _ in opened for target in adapter.targets)
     changes = {target: partial(merged, target=target, adapters=opened) for target in targets}
     check_output(base, output, type, changes)

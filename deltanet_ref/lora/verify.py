@@ -2,6 +2,7 @@
 
 The norm of an update is that of B A without forming it: |B A|^2 = trace((B^T B) (A A^T)), in the Frobenius norm.
 """
+
 import math
 import re
 from collections import Counter
@@ -24,12 +25,12 @@ from deltanet_ref.model.tensors import linear_tensors
 # small models, by a few times that on deep ones. An effect below NO_EFFECT is rounding error, a difference above SAME
 # is not.
 NO_EFFECT, SAME = 1e-6, 1e-4
-LOST = 0.5                  # limit for a merged model whose type rounds more, as a share of the adapter's own effect
+LOST = 0.5  # limit for a merged model whose type rounds more, as a share of the adapter's own effect
 # llama.cpp also rounds activations where the base is quantised (5e-2 seen with 4 bits): the limit for the base alone,
 # and the limit with the adapter as a multiple of the distance measured on the base alone
 ROUGH, TIMES_ROUNDING = 0.15, 3
-STANDARD_ERRORS = 4         # by which the other order of the heads must predict the prompts better
-LONGEST_PATH = 1000         # characters of a name in which a module path is looked for
+STANDARD_ERRORS = 4  # by which the other order of the heads must predict the prompts better
+LONGEST_PATH = 1000  # characters of a name in which a module path is looked for
 _PATH = re.compile(r"(?P<prefix>.*?)layers\.(?P<layer>\d+)\.(?P<module>[\w.]+?)\.lora_")
 
 
@@ -38,27 +39,27 @@ class Effect:
     """What the adapter changes in the next-token distributions of the prompts, over all their positions."""
 
     positions: int
-    distance: float             # |adapted - base| / |base|, of the logits
-    kl: float                   # mean KL(base || adapted), nats
-    top1: float                 # share of positions whose most likely token changes
-    base_loss: float            # cross-entropy of the prompts themselves, nats per token
+    distance: float  # |adapted - base| / |base|, of the logits
+    kl: float  # mean KL(base || adapted), nats
+    top1: float  # share of positions whose most likely token changes
+    base_loss: float  # cross-entropy of the prompts themselves, nats per token
     adapted_loss: float
-    other_order_loss: float | None      # with the V heads in another order, if that predicts significantly better
-    merged_distance: float      # |merged - adapted| / |adapted|: W + B A as one matrix against both at run time
+    other_order_loss: float | None  # with the V heads in another order, if that predicts significantly better
+    merged_distance: float  # |merged - adapted| / |adapted|: W + B A as one matrix against both at run time
 
 
 @dataclass(frozen=True)
 class Verification:
     """The result of verify, and of the comparisons added to it."""
 
-    matched: list               # tensors whose factors match
-    unmatched: list             # names or reasons
-    zero: list                  # matched tensors whose B A is zero
-    sizes: dict                 # matched tensor -> |scale B A| / |W|
-    effect: Effect | None       # None when the adapter cannot be attached, or logits are not finite
-    problems: list              # one line each, with the likely cause; any problem fails the check
-    distances: dict             # merged file or other engine -> relative distance of its outputs from ours
-    llama_cpp: str              # "compared", or why it was not
+    matched: list  # tensors whose factors match
+    unmatched: list  # names or reasons
+    zero: list  # matched tensors whose B A is zero
+    sizes: dict  # matched tensor -> |scale B A| / |W|
+    effect: Effect | None  # None when the adapter cannot be attached, or logits are not finite
+    problems: list  # one line each, with the likely cause; any problem fails the check
+    distances: dict  # merged file or other engine -> relative distance of its outputs from ours
+    llama_cpp: str  # "compared", or why it was not
 
 
 def verify(model: Qwen35, path: Path | str, prompts: Sequence[Sequence[int]], scale: float = 1.0) -> Verification:
@@ -75,39 +76,69 @@ def verify(model: Qwen35, path: Path | str, prompts: Sequence[Sequence[int]], sc
     problems, effect = _mismatches(found, model.config), None
     if not unmatched and good:
         adapter = load_adapter(path, model)
-        with np.errstate(over="ignore", invalid="ignore"):         # logits that are not finite become a problem below
+        with np.errstate(over="ignore", invalid="ignore"):  # logits that are not finite become a problem below
             effect = _effect(model, adapter, prompts, scale)
         problems += [NOT_FINITE] if effect is None else _failures(effect, zero, good, scale)
     return Verification(good, unmatched, zero, sizes, effect, problems, {}, "not compared")
 
 
-def with_comparison(verification: Verification, name: str, theirs: np.ndarray, ours: np.ndarray, limit: float,
-                    reason: str = "computes something else") -> Verification:
+def with_comparison(
+    verification: Verification,
+    name: str,
+    theirs: np.ndarray,
+    ours: np.ndarray,
+    limit: float,
+    reason: str = "computes something else",
+) -> Verification:
     """Adds the relative distance of theirs from ours, and a problem if it exceeds both limit and SAME.
 
     reason: what the problem says of `name`.
     """
     distance, limit = _distance(theirs, ours), max(SAME, limit)
     problem = [f"{name} {reason}: its outputs are {distance:.1e} from ours (limit {limit:.0e})"]
-    return replace(verification, distances=verification.distances | {name: distance},
-                   problems=verification.problems + (problem if not distance <= limit else []))
+    return replace(
+        verification,
+        distances=verification.distances | {name: distance},
+        problems=verification.problems + (problem if not distance <= limit else []),
+    )
 
 
-def with_merged(verification: Verification, name: str, other: Qwen35, model: Qwen35, adapter: Adapter,
-                prompts: Sequence[Sequence[int]], scale: float = 1.0) -> Verification:
+def with_merged(
+    verification: Verification,
+    name: str,
+    other: Qwen35,
+    model: Qwen35,
+    adapter: Adapter,
+    prompts: Sequence[Sequence[int]],
+    scale: float = 1.0,
+) -> Verification:
     """Adds the distance of `other`, a merged model, from model and adapter. Raises InputError: another vocabulary."""
     if other.config.vocab_size != model.config.vocab_size:
-        raise InputError(f"{name} has a vocabulary of {other.config.vocab_size}, the base model one of "
-                         f"{model.config.vocab_size}: give the model that was merged from this base")
+        raise InputError(
+            f"{name} has a vocabulary of {other.config.vocab_size}, the base model one of "
+            f"{model.config.vocab_size}: give the model that was merged from this base"
+        )
     theirs, ours = adapted_logits(other, None, prompts), adapted_logits(model, adapter, prompts, scale)
     if _is_float32(other):
         return with_comparison(verification, name, theirs, ours, SAME)
-    return with_comparison(verification, name, theirs, ours, LOST * verification.effect.distance,
-                           "computes something else, or its type rounds more than the adapter changes")
+    return with_comparison(
+        verification,
+        name,
+        theirs,
+        ours,
+        LOST * verification.effect.distance,
+        "computes something else, or its type rounds more than the adapter changes",
+    )
 
 
-def with_llama_cpp(verification: Verification, base: Path | str, model: Qwen35, adapter: Adapter,
-                   prompts: Sequence[Sequence[int]], scale: float = 1.0) -> Verification:
+def with_llama_cpp(
+    verification: Verification,
+    base: Path | str,
+    model: Qwen35,
+    adapter: Adapter,
+    prompts: Sequence[Sequence[int]],
+    scale: float = 1.0,
+) -> Verification:
     """Adds llama.cpp's distances, with and without the adapter, or the reason why they are missing.
 
     base: the file of the model. The log-probabilities of the token after each prompt are compared.
@@ -121,8 +152,7 @@ def with_llama_cpp(verification: Verification, base: Path | str, model: Qwen35, 
     except RuntimeError as error:
         problem = f"llama.cpp does not run the base with the adapter (its log is on stderr): {error}"
         return replace(verification, problems=[*verification.problems, problem], llama_cpp="failed, not compared")
-    ours = [log_softmax(np.stack([adapted_logits(model, x, [p], scale)[-1] for p in prompts]))
-            for x in (None, adapter)]
+    ours = [log_softmax(np.stack([adapted_logits(model, x, [p], scale)[-1] for p in prompts])) for x in (None, adapter)]
     exact, alone = _is_float32(model), "llama.cpp, base alone"
     verification = with_comparison(verification, alone, theirs[0], ours[0], 0 if exact else ROUGH)
     rounding = 0 if exact else TIMES_ROUNDING * verification.distances[alone]
@@ -130,8 +160,9 @@ def with_llama_cpp(verification: Verification, base: Path | str, model: Qwen35, 
     return replace(verification, llama_cpp="compared")
 
 
-def adapted_logits(model: Qwen35, adapter: Adapter | None, prompts: Sequence[Sequence[int]],
-                   scale: float = 1.0) -> np.ndarray:
+def adapted_logits(
+    model: Qwen35, adapter: Adapter | None, prompts: Sequence[Sequence[int]], scale: float = 1.0
+) -> np.ndarray:
     """Logits (n, V) of all positions of the prompts, concatenated; adapter None: those of the base."""
     name = model.attach(adapter, scale=scale) if adapter is not None else None
     try:
@@ -155,8 +186,10 @@ def _is_float32(model):
 
 # ---- what does not match, and why
 
-NOT_FINITE = ("the logits with the adapter are not finite: its values or the scale are too large, or the base's own "
-              "logits are not finite")
+NOT_FINITE = (
+    "the logits with the adapter are not finite: its values or the scale are too large, or the base's own "
+    "logits are not finite"
+)
 
 
 def _mismatches(found: FactorMatch, config) -> list[str]:
@@ -165,13 +198,17 @@ def _mismatches(found: FactorMatch, config) -> list[str]:
     if not (found.matched or found.missing or found.misshapen):
         problems.append("no tensor of the adapter belongs to a linear layer of this model")
     elif found.unexpected:
-        problems.append(f"partial match: {len(found.matched)} matching, {len(found.unexpected)} other than LoRA "
-                        "factors of this model's linear layers")
+        problems.append(
+            f"partial match: {len(found.matched)} matching, {len(found.unexpected)} other than LoRA "
+            "factors of this model's linear layers"
+        )
     problems += [f"{name} is missing, only its partner is there: the file is damaged" for name in found.missing]
     problems += [f"{name} holds NaN or infinity: the file is damaged" for name in found.not_finite]
     if found.misshapen:
-        problems.append(f"wrong base: {listing('misshapen', found.misshapen, most=1)}; the adapter was made for a "
-                        "model of another size")
+        problems.append(
+            f"wrong base: {listing('misshapen', found.misshapen, most=1)}; the adapter was made for a "
+            "model of another size"
+        )
     return problems + _causes(found.unexpected, config)
 
 
@@ -188,14 +225,18 @@ def _causes(names, config):
             prefixes[match["prefix"]] += 1
         elif match["module"] in modules:
             elsewhere.append(f"layers.{match['layer']}.{match['module']}")
-    causes = [f"wrong prefix: {shown(prefix)} instead of 'model.' or 'model.language_model.' in "
-              f"{counted(count, 'name')}: rename them" for prefix, count in prefixes.items()]
+    causes = [
+        f"wrong prefix: {shown(prefix)} instead of 'model.' or 'model.language_model.' in "
+        f"{counted(count, 'name')}: rename them"
+        for prefix, count in prefixes.items()
+    ]
     if elsewhere:
         causes.append(f"wrong base: this model has no {shown(elsewhere[0])}: the number or the kinds of layers differ")
     return causes
 
 
 # ---- what it changes
+
 
 def _relative_size(stored, target, w, scale):
     """|scale (alpha / r) B A| / |W|."""
@@ -215,11 +256,15 @@ def _effect(model, adapter, prompts, scale):
     other = _better_order(model, adapter, prompts, scale, losses["adapted"])
     merged_model = Qwen35(model.config, MergedWeights(model.weights, [(adapter, scale)]))
     return Effect(
-        positions=len(base), distance=_distance(adapted, base),
+        positions=len(base),
+        distance=_distance(adapted, base),
         kl=float(np.mean(np.sum(np.exp(before) * (before - after), axis=-1))),
         top1=float(np.mean(before.argmax(-1) != after.argmax(-1))),
-        base_loss=float(losses["base"].mean()), adapted_loss=float(losses["adapted"].mean()), other_order_loss=other,
-        merged_distance=_distance(adapted_logits(merged_model, None, prompts), adapted))
+        base_loss=float(losses["base"].mean()),
+        adapted_loss=float(losses["adapted"].mean()),
+        other_order_loss=other,
+        merged_distance=_distance(adapted_logits(merged_model, None, prompts), adapted),
+    )
 
 
 def _better_order(model, adapter, prompts, scale, losses):
@@ -240,15 +285,19 @@ def _failures(effect, zero, good, scale):
         return ["no effect: B A is zero in every tensor: the adapter was saved before training, or without lora_B"]
     problems = []
     if not effect.distance > NO_EFFECT:
-        problems.append(f"no effect: the logits change by {effect.distance:.1e}, which is rounding error: the scale is "
-                        "too small, or training was too short")
+        problems.append(
+            f"no effect: the logits change by {effect.distance:.1e}, which is rounding error: the scale is "
+            "too small, or training was too short"
+        )
     if not effect.merged_distance <= SAME:
         problems.append(f"merged and live differ by {effect.merged_distance:.1e} (limit {SAME:.0e})")
     other = effect.other_order_loss
     if other is not None and other < effect.base_loss:
-        problems.append(f"wrong order of the V heads: the prompts' loss is {effect.adapted_loss:.3f} (base "
-                        f"{effect.base_loss:.3f}), and {other:.3f} with the heads reordered: the adapter is in grouped "
-                        "order and the base in tiled order, or the reverse")
+        problems.append(
+            f"wrong order of the V heads: the prompts' loss is {effect.adapted_loss:.3f} (base "
+            f"{effect.base_loss:.3f}), and {other:.3f} with the heads reordered: the adapter is in grouped "
+            "order and the base in tiled order, or the reverse"
+        )
     return problems
 
 
@@ -268,7 +317,7 @@ class MergedWeights(Mapping):
         return [self.backend.linear_forward(x, self[name]) for name in names]
 
     def rows(self, name, ids):
-        return self._weights.rows(name, ids)        # embeddings, which no adapter changes
+        return self._weights.rows(name, ids)  # embeddings, which no adapter changes
 
     def shape(self, name):
         return self._weights.shape(name)
@@ -289,8 +338,9 @@ def _losses(logits, prompts):
 
 def _distance(x, reference):
     """|x - reference| / |reference|, in float64."""
-    return _ratio(float(np.linalg.norm(np.subtract(x, reference, dtype=np.float64))),
-                  float(np.linalg.norm(np.float64(reference))))
+    return _ratio(
+        float(np.linalg.norm(np.subtract(x, reference, dtype=np.float64))), float(np.linalg.norm(np.float64(reference)))
+    )
 
 
 def _ratio(norm, reference):

@@ -21,9 +21,11 @@ class GGUFKeys:
         self.metadata, self.architecture, self.problems = metadata, architecture, []
 
     def full(self, key):
+        """The key with its architecture, as the file has it."""
         return f"{self.architecture}.{key}"
 
     def get(self, key, default=None):
+        """The value of a key, of any type."""
         return self.metadata.get(self.full(key), default)
 
     def number(self, key, kind=np.uint32, default=None):

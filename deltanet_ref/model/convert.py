@@ -20,11 +20,12 @@ from deltanet_ref import ops
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import atomic_directory, ensure_new_directory, ensure_writable, read_json
 from deltanet_ref.formats.gguf import read_gguf, write_gguf
-from deltanet_ref.formats.quants import QUANTIZABLE, dequantize, quantize
+from deltanet_ref.formats.quants import QUANTIZABLE, dequantize, quantize, stored_finite
 from deltanet_ref.formats.safetensors import INDEX, SINGLE, write_safetensors
 from deltanet_ref.formats.tokenizer_files import read_tokenizer_files, write_tokenizer_files
 from deltanet_ref.model.load import listing, open_hf, weights_from_gguf
 from deltanet_ref.model.tensors import expected_tensors, hf_shape, to_gguf_form, to_hf_form
+from deltanet_ref.model.weights import not_finite
 
 # --type: the type of the matrices, and llama.cpp's number for such a file
 CHOICES = {"f32": (Type.F32, LlamaFileType.ALL_F32), "f16": (Type.F16, LlamaFileType.MOSTLY_F16),
@@ -65,6 +66,10 @@ class GGUFBase:
         tensor = self.file.tensors[name]
         return dequantize(tensor.raw, tensor.type, tensor.shape, _working_dtype(self.specs[name]))
 
+    def is_finite(self, name):
+        """Whether the stored tensor holds neither NaN nor infinity."""
+        return stored_finite(self.file.tensors[name].raw, self.type(name))
+
 
 class HFBase:
     """The same interface for an HF directory."""
@@ -81,6 +86,10 @@ class HFBase:
     def read(self, name):
         spec = self.specs[name]
         return to_gguf_form(self.stored[self.names[name]].astype(_working_dtype(spec)), spec, self.config)
+
+    def is_finite(self, name):
+        stored = self.stored.stored(self.names[name])
+        return stored.dtype not in Type.__members__ or stored_finite(stored.raw, Type[stored.dtype])
 
 
 def open_base(path):
@@ -106,8 +115,12 @@ def write_base(base, output, choice=None, changes=None):
     choice   a key of CHOICES, the type of the matrices; None keeps each tensor's own (quantised ones become f32 in HF)
     changes  GGUF name -> function of the tensor (float32, GGUF's form) that returns it changed
     returns  a Written for each tensor that was re-encoded with a loss
-    raises   InputError: a type that the output or the quantisers do not support, an output that cannot be written
+    raises   InputError: a type that the output or the quantisers do not support, an output that cannot be written, a
+             tensor with NaN or infinity
     """
+    for name in base.specs:
+        if not base.is_finite(name):
+            raise not_finite(f"{base.path}: {name}")
     changes = changes or {}
     types, losses = _types(base, output, choice, changes), []
     encode = partial(_encode, base, types, changes, losses)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deltanet_ref.errors import InputError
+from deltanet_ref.errors import LONGEST_VALUE, InputError, counted, shortened
 from deltanet_ref.formats.files import read_json
 from deltanet_ref.formats.gguf import read_gguf
 from deltanet_ref.formats.safetensors import read_safetensors
@@ -109,7 +109,7 @@ def text_model_name(name):
 
 def listing(kind, names, most=8):
     """'3 missing: a, b, c', with at most `most` names; '' for an empty list."""
-    names = list(names)
+    names = [shortened(name, LONGEST_VALUE) for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{len(names)} {kind}: {', '.join(names[:most])}{more}" if names else ""
 
@@ -129,7 +129,8 @@ def _skip(found, patterns):
         if kind:
             del found[name]
             counts[kind] = counts.get(kind, 0) + 1
-    return [f"{count} {kind} tensors skipped: only the text model is used" for kind, count in counts.items()]
+    return [f"{counted(count, f'{kind} tensor')} skipped: only the text model is used"
+            for kind, count in counts.items()]
 
 
 def _check(where, expected, found):

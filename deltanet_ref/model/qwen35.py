@@ -34,6 +34,7 @@ class Packed(NamedTuple):
 
 
 class ForwardCache(NamedTuple):
+    """Kept by the forward pass for loss_and_grads."""
     blocks: dict              # block number -> what is kept of it, for the blocks that backward visits
     norm: tuple
     options: dict             # of all blocks: shared, cu_seqlens

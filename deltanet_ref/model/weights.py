@@ -99,8 +99,7 @@ class Weights(Mapping):
             return
         tensor = self._stored[name]
         if not (quants.stored_finite(tensor.raw, tensor.type) if self._is_stored(name) else self._is_finite(tensor)):
-            raise InputError(f"{name} holds values that are not finite (NaN or infinity): the file is damaged or its "
-                             "training diverged; download or convert the model again")
+            raise not_finite(name)
         self._checked.add(name)
 
     def _is_finite(self, array):
@@ -158,6 +157,12 @@ class Weights(Mapping):
 
     def __len__(self):
         return len(self._shapes)
+
+
+def not_finite(name: str) -> InputError:
+    """The error for a tensor with NaN or infinity in it."""
+    return InputError(f"{name} holds values that are not finite (NaN or infinity): the file is damaged or its training "
+                      "diverged; download or convert the model again")
 
 
 def available_memory() -> int:

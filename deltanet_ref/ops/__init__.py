@@ -8,18 +8,28 @@ from deltanet_ref.ops.cross_entropy import cross_entropy_backward, cross_entropy
 from deltanet_ref.ops.decay_gate import decay_gate_backward, decay_gate_forward
 from deltanet_ref.ops.elementwise import sigmoid, silu, silu_derivative, softplus
 from deltanet_ref.ops.embedding import embedding_backward, embedding_forward
-from deltanet_ref.ops.gated_delta_rule import chunk_backward as gated_delta_rule_backward
-from deltanet_ref.ops.gated_delta_rule import chunk_forward as gated_delta_rule_forward
-from deltanet_ref.ops.gated_delta_rule import recurrent_step as gated_delta_rule_step
+from deltanet_ref.ops.gated_delta_rule import (
+    chunk_backward as gated_delta_rule_backward,
+    chunk_forward as gated_delta_rule_forward,
+    recurrent_step as gated_delta_rule_step,
+)
 from deltanet_ref.ops.l2_norm import l2_norm_backward, l2_norm_forward
 from deltanet_ref.ops.linear import linear_backward_input, linear_backward_weight, linear_forward
 from deltanet_ref.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from deltanet_ref.ops.lora_linear import lora_backward, lora_forward
-from deltanet_ref.ops.rms_norm import (gated_rms_norm_backward, gated_rms_norm_forward, rms_norm_backward,
-                                       rms_norm_forward)
+from deltanet_ref.ops.rms_norm import (
+    gated_rms_norm_backward,
+    gated_rms_norm_forward,
+    rms_norm_backward,
+    rms_norm_forward,
+)
 from deltanet_ref.ops.rope import rope_backward, rope_forward, rope_tables
-from deltanet_ref.ops.softmax_attention import (sigmoid_gate_backward, sigmoid_gate_forward,
-                                                softmax_attention_backward, softmax_attention_forward)
+from deltanet_ref.ops.softmax_attention import (
+    sigmoid_gate_backward,
+    sigmoid_gate_forward,
+    softmax_attention_backward,
+    softmax_attention_forward,
+)
 from deltanet_ref.ops.swiglu import swiglu_backward, swiglu_forward
 
 name, xp = "numpy", np

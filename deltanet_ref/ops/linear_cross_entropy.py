@@ -98,8 +98,8 @@ def gradients(linear, dloss, cache, need_dw, probabilities):
 
 
 def accumulate(s, peak, total, weighted):
-    """Online softmax: raise peak to the block's maximum, rescale total and weighted, s = exp(s - peak), total += sum_v
-    s."""
+    """Online softmax: raise peak to the block's maximum, rescale total and weighted, then s = exp(s - peak) and
+    total += sum_v s."""
     top = np.maximum(peak, s.real.max(1, keepdims=True))
     shrink = np.exp(peak - top)
     peak[:] = top

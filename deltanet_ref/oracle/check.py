@@ -1,7 +1,8 @@
 """Run the cases on an implementation and report what passes, what fails first, which flags, which known mistakes.
 
-    report = judge(forward, backward)             # NumPy callables, as DESIGN section 5 describes them
+report = judge(forward, backward)             # NumPy callables, as DESIGN section 5 describes them
 """
+
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ FAILED, BROKEN = ("DIFF", "SHAPE", "MISSING", "NONFINITE"), ("ERROR", "TIMEOUT")
 
 class FlagVerdict(NamedTuple):
     """How many cases with a flag fail, compared with the cases without it."""
+
     flag: str
     failed: int
     cases: int
@@ -29,11 +31,12 @@ class FlagVerdict(NamedTuple):
 @dataclass
 class ConformanceReport:
     """The results of all cases, and what they say about the implementation."""
-    cases: list = field(repr=False)   # of CaseResult, in the order of the table
+
+    cases: list = field(repr=False)  # of CaseResult, in the order of the table
     dtype: str
-    gradients: bool           # whether they were judged
-    provenance: str           # what ran, and on which device
-    layout: Layout            # of the implementation
+    gradients: bool  # whether they were judged
+    provenance: str  # what ran, and on which device
+    layout: Layout  # of the implementation
     _suspects: list = field(default=None, repr=False)
 
     @property
@@ -55,6 +58,7 @@ class ConformanceReport:
         """[(number in catalogue.py, title, score)], the likeliest first; empty if nothing failed or nothing fits."""
         if self._suspects is None and self.failed:
             from deltanet_ref.oracle import suspects
+
             self._suspects = suspects.rank(self)
         return self._suspects or []
 
@@ -91,29 +95,56 @@ class ConformanceReport:
 
         what = "forward and backward" if self.gradients else "forward only"
         counts = [f"{self.count('ok')} of {len(self.cases)} cases pass"]
-        counts += [f"{n} {word}" for n, word in ((self.count(*FAILED), "fail"), (self.count(*BROKEN), "end in error"),
-                                                 (self.count("SKIP"), "skipped")) if n]
-        return (f"{', '.join(counts)}; {what} at {self.dtype}; deltanet_ref {__version__}, vectors {VERSION}; "
-                f"ran {self.provenance}")
+        counts += [
+            f"{n} {word}"
+            for n, word in (
+                (self.count(*FAILED), "fail"),
+                (self.count(*BROKEN), "end in error"),
+                (self.count("SKIP"), "skipped"),
+            )
+            if n
+        ]
+        return (
+            f"{', '.join(counts)}; {what} at {self.dtype}; deltanet_ref {__version__}, vectors {VERSION}; "
+            f"ran {self.provenance}"
+        )
 
     def as_json(self) -> dict:
         """The form that DESIGN section 5 fixes, with additions; numbers that are not finite are null."""
         suspects = [{"bug": bug, "title": title, "score": score} for bug, title, score in self.suspects]
         stage = self.first_stage()
-        return {"summary": {"passed": self.count("ok"), "failed": self.count(*FAILED), "skipped": self.count("SKIP"),
-                            "errors": self.count(*BROKEN), "suspects": suspects, "dtype": self.dtype,
-                            "factor": FACTOR[self.dtype], "gradients": self.gradients, "vectors": VERSION,
-                            "provenance": self.provenance,
-                            "first_stage": stage and {"output": stage[0], "case": stage[1].case.id},
-                            "flags": [verdict._asdict() for verdict in self.flags()]},
-                "cases": [_case_json(result) for result in self.cases]}
+        return {
+            "summary": {
+                "passed": self.count("ok"),
+                "failed": self.count(*FAILED),
+                "skipped": self.count("SKIP"),
+                "errors": self.count(*BROKEN),
+                "suspects": suspects,
+                "dtype": self.dtype,
+                "factor": FACTOR[self.dtype],
+                "gradients": self.gradients,
+                "vectors": VERSION,
+                "provenance": self.provenance,
+                "first_stage": stage and {"output": stage[0], "case": stage[1].case.id},
+                "flags": [verdict._asdict() for verdict in self.flags()],
+            },
+            "cases": [_case_json(result) for result in self.cases],
+        }
 
 
 def _case_json(result):
-    stages = {name: {"status": stage.status, "error": stage.error if abs(stage.error) < float("inf") else None}
-              for name, stage in result.stages.items()}
-    return {"id": result.case.id, "status": result.status, "flags": list(result.case.flags),
-            "first_bad": result.first_bad, "message": explanation(result), "stages": stages}
+    stages = {
+        name: {"status": stage.status, "error": stage.error if abs(stage.error) < float("inf") else None}
+        for name, stage in result.stages.items()
+    }
+    return {
+        "id": result.case.id,
+        "status": result.status,
+        "flags": list(result.case.flags),
+        "first_bad": result.first_bad,
+        "message": explanation(result),
+        "stages": stages,
+    }
 
 
 def explanation(result: CaseResult) -> str:
@@ -121,8 +152,16 @@ def explanation(result: CaseResult) -> str:
     return result.message or next((stage.message for stage in result.stages.values() if stage.message), "")
 
 
-def judge(forward, backward=None, *, cases: list | None = None, dtype: str = "float32", layout: Layout | None = None,
-          array: str = "numpy", device: str | None = None) -> ConformanceReport:
+def judge(
+    forward,
+    backward=None,
+    *,
+    cases: list | None = None,
+    dtype: str = "float32",
+    layout: Layout | None = None,
+    array: str = "numpy",
+    device: str | None = None,
+) -> ConformanceReport:
     """Run the cases on Python callables in this process.
 
     forward   forward(q, k, v, *, g, beta, S0, scale) -> (o, S_end[, dict of intermediates])
@@ -133,12 +172,18 @@ def judge(forward, backward=None, *, cases: list | None = None, dtype: str = "fl
     raises    InputError if the layout's calls do not fit the cases; what the callables raise is their result
     """
     runner = Callables(forward, backward, array=array, device=device, dtype=dtype)
-    return examine(runner, select(dtype=dtype) if cases is None else cases, dtype=dtype, layout=layout or Layout(),
-                   gradients=backward is not None)
+    return examine(
+        runner,
+        select(dtype=dtype) if cases is None else cases,
+        dtype=dtype,
+        layout=layout or Layout(),
+        gradients=backward is not None,
+    )
 
 
-def examine(runner, cases: list, *, dtype: str, layout: Layout, gradients: bool | None = None,
-            progress=lambda case: None) -> ConformanceReport:
+def examine(
+    runner, cases: list, *, dtype: str, layout: Layout, gradients: bool | None = None, progress=lambda case: None
+) -> ConformanceReport:
     """Run the cases on a runner (runners.py).
 
     gradients  whether they are judged; None: if the answer to any case has one
@@ -161,12 +206,18 @@ def examine(runner, cases: list, *, dtype: str, layout: Layout, gradients: bool 
             answered[case.id] = right, take(layout, case, answer.outputs)
             devices.add(answer.device)
     if gradients is None:
-        gradients = any(OPERATORS[case.op].gradients.keys() & answered[case.id][1].keys()
-                        for case in cases if case.id in answered)
+        gradients = any(
+            OPERATORS[case.op].gradients.keys() & answered[case.id][1].keys() for case in cases if case.id in answered
+        )
     for case in cases:
         if case.id in answered:
             right, outputs = answered[case.id]
             results[case.id] = compare_case(case, right, outputs, dtype=dtype, gradients=gradients)
     device = " and ".join(sorted(devices - {""}))
-    return ConformanceReport([results[case.id] for case in cases], dtype, gradients,
-                             runner.provenance + (f" with {device}" if device else ""), layout)
+    return ConformanceReport(
+        [results[case.id] for case in cases],
+        dtype,
+        gradients,
+        runner.provenance + (f" with {device}" if device else ""),
+        layout,
+    )

@@ -1,4 +1,5 @@
 """Compares an implementation's outputs with the expected ones: status and error per output, and the first bad place."""
+
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +12,9 @@ from deltanet_ref.oracle.operators import OPERATORS
 
 # the order in which a kernel computes them; a wrong stage makes the later ones wrong too
 DELTA_PIPELINE = (*FORWARD, "o", "S_end", *BACKWARD, "dq", "dv", "dbeta", "dk", "dg", "dS0")
-SEQUENTIAL = ({"S": 1, "V_new": 1, "o": 1}, {"dV_new": -1, "dS": -1})      # computed chunk by chunk, in this direction
-STRICTLY_LOWER = ("dA", "dT")              # A and T are constant on and above the diagonal, where these mean nothing
-FLOAT64_PER_FLOAT32 = 2.0 ** -29           # ratio of the two unit roundoffs
+SEQUENTIAL = ({"S": 1, "V_new": 1, "o": 1}, {"dV_new": -1, "dS": -1})  # computed chunk by chunk, in this direction
+STRICTLY_LOWER = ("dA", "dT")  # A and T are constant on and above the diagonal, where these mean nothing
+FLOAT64_PER_FLOAT32 = 2.0**-29  # ratio of the two unit roundoffs
 
 
 def pipeline(op: str) -> tuple[str, ...]:
@@ -23,18 +24,20 @@ def pipeline(op: str) -> tuple[str, ...]:
 
 class Stage(NamedTuple):
     """The verdict on one output of one case."""
-    status: str               # ok, DIFF, SHAPE, MISSING, NONFINITE
-    error: float              # multiple of the noise floor; inf when not finite, nan when not comparable
-    first_bad: dict | None    # sequence, chunk, token, head of the first bad element that the pass computes
+
+    status: str  # ok, DIFF, SHAPE, MISSING, NONFINITE
+    error: float  # multiple of the noise floor; inf when not finite, nan when not comparable
+    first_bad: dict | None  # sequence, chunk, token, head of the first bad element that the pass computes
     message: str = ""
 
 
 class CaseResult(NamedTuple):
     """The verdict on one case."""
+
     case: Case
-    status: str               # of the first bad stage (ok, DIFF, SHAPE, MISSING, NONFINITE); or ERROR, TIMEOUT, SKIP
-    stages: dict              # name -> Stage in pipeline order; empty when the implementation returned nothing
-    outputs: dict             # name -> array in the kit's own layout
+    status: str  # of the first bad stage (ok, DIFF, SHAPE, MISSING, NONFINITE); or ERROR, TIMEOUT, SKIP
+    stages: dict  # name -> Stage in pipeline order; empty when the implementation returned nothing
+    outputs: dict  # name -> array in the kit's own layout
     expected: Expected | None
     message: str = ""
 
@@ -51,13 +54,17 @@ class CaseResult(NamedTuple):
         for direction in SEQUENTIAL:
             if first in direction:
                 placed = [name for name in bad if name in direction and bad[name]]
-                first = min(placed, default=first,
-                            key=lambda name: (bad[name]["sequence"], direction[name] * bad[name]["chunk"]))
+                first = min(
+                    placed,
+                    default=first,
+                    key=lambda name: (bad[name]["sequence"], direction[name] * bad[name]["chunk"]),
+                )
         return {"output": first, **dict.fromkeys(("sequence", "chunk", "token", "head"))} | bad[first]
 
 
-def compare_case(case: Case, expected: Expected, outputs: dict[str, np.ndarray], *, dtype: str,
-                 gradients: bool) -> CaseResult:
+def compare_case(
+    case: Case, expected: Expected, outputs: dict[str, np.ndarray], *, dtype: str, gradients: bool
+) -> CaseResult:
     """Compare the outputs of one case, name -> array in the kit's own layout, with the expected values.
 
     dtype      "float32", "bfloat16" or "float64": the noise floor that errors are measured in
@@ -66,8 +73,11 @@ def compare_case(case: Case, expected: Expected, outputs: dict[str, np.ndarray],
     """
     op = OPERATORS[case.op]
     required = [*op.outputs, *(op.gradients if gradients else ())]
-    names = [name for name in pipeline(case.op)
-             if name in required or (name in outputs and name in expected.values and name not in op.gradients)]
+    names = [
+        name
+        for name in pipeline(case.op)
+        if name in required or (name in outputs and name in expected.values and name not in op.gradients)
+    ]
     axes = {"S": "schff", "dS": "schff"} | op.outputs | op.gradients
     stages = {name: _stage(case, name, axes.get(name, "sthf"), outputs.get(name), expected, dtype) for name in names}
     status = next((stage.status for stage in stages.values() if stage.status != "ok"), "ok")
@@ -81,7 +91,7 @@ def _stage(case, name, axes, got, expected, dtype):
         return Stage("MISSING", np.nan, None, "is missing")
     shape = full_shape(case, want, sampled)
     if shape == () and got.size == 1:
-        got = got.reshape(())                                              # files store a number as (1,)
+        got = got.reshape(())  # files store a number as (1,)
     if got.shape != shape and name not in OPERATORS[case.op].gradients:
         got = _token_major(got, shape)
     if got.shape != shape:
@@ -121,9 +131,9 @@ def first_bad(bad, axes, case, sample, backward):
 
     The order is by sequence, then token in the order of the pass (a backward pass starts at the last one), then head.
     """
-    for axis in reversed([axis for axis, letter in enumerate(axes[:bad.ndim]) if letter == "f"]):
+    for axis in reversed([axis for axis, letter in enumerate(axes[: bad.ndim]) if letter == "f"]):
         bad = bad.any(axis)
-    letters = axes.replace("f", "")[:bad.ndim]
+    letters = axes.replace("f", "")[: bad.ndim]
     places = np.argwhere(bad)
     if not letters:
         return {}
@@ -138,8 +148,12 @@ def first_bad(bad, axes, case, sample, backward):
     order = [columns[letter] * (-1 if letter in "ct" and backward else 1) for letter in "scth" if letter in columns]
     first = np.lexsort(order[::-1])[0]
     place = {letter: int(column[first]) for letter, column in columns.items()}
-    return {"sequence": place.get("s"), "chunk": place["t"] // CHUNK if "t" in place else place.get("c"),
-            "token": place.get("t"), "head": place.get("h")}
+    return {
+        "sequence": place.get("s"),
+        "chunk": place["t"] // CHUNK if "t" in place else place.get("c"),
+        "token": place.get("t"),
+        "head": place.get("h"),
+    }
 
 
 def _token_major(got, shape):

@@ -3,6 +3,7 @@
 For f analytic and real on the real axis, Im f(x + i h) / h = f'(x) + O(h^2). Nothing is subtracted, so with h = 1e-30
 the result is exact to rounding (Squire and Trapp 1998, "Using complex variables to estimate derivatives").
 """
+
 from collections.abc import Callable
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Compares two traces in network order and explains the first divergence; measures how a model drifts from itself."""
+
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,32 +13,34 @@ from deltanet_ref.oracle.trace import Trace, order_value_heads
 # and HF's over 150 tokens of the test models (float32: 1.3e-6 forward, 1.3e-5 backward; float64: 1.4e-14), with a
 # margin for models six times as deep; float16 and bfloat16: eight units in the last place of 11 and 8 bits.
 TOLERANCE = {"float64": 1e-11, "float32": 3e-5, "float16": 4e-3, "bfloat16": 3e-2}
-GRADIENT = 10                 # factor for gradients
-ROW = 10                      # factor for a single row; measured: at most 1e-5 forward, 1.6e-4 backward
+GRADIENT = 10  # factor for gradients
+ROW = 10  # factor for a single row; measured: at most 1e-5 forward, 1.6e-4 backward
 FAILED = ("DIFF", "SHAPE", "NONFINITE")
 
 
 class Row(NamedTuple):
     """The comparison of one tensor, ours with theirs."""
+
     name: str
-    status: str               # ok DIFF SHAPE MISSING NONFINITE
+    status: str  # ok DIFF SHAPE MISSING NONFINITE
     meaning: str
-    error: float | None = None       # RMS of the difference, relative to our RMS
-    worst: float | None = None       # the same for the worst row: a token, or a head of a token
-    largest: float | None = None     # largest absolute difference
-    token: int | None = None         # of the first row that differs
+    error: float | None = None  # RMS of the difference, relative to our RMS
+    worst: float | None = None  # the same for the worst row: a token, or a head of a token
+    largest: float | None = None  # largest absolute difference
+    token: int | None = None  # of the first row that differs
     head: int | None = None
-    where: str = ""                  # which tokens and heads differ; or the two shapes
+    where: str = ""  # which tokens and heads differ; or the two shapes
 
 
 @dataclass
 class TraceDiff:
     """The result of diff_traces."""
-    rows: list[Row]           # in network order
-    unknown: list[str]        # names in theirs that no trace of this model has
-    tolerance: float          # of the relative RMS error of a forward tensor
-    partial: bool             # tensors may be missing in theirs
-    reasons: list[str]        # sentences that explain the first divergence, most likely first
+
+    rows: list[Row]  # in network order
+    unknown: list[str]  # names in theirs that no trace of this model has
+    tolerance: float  # of the relative RMS error of a forward tensor
+    partial: bool  # tensors may be missing in theirs
+    reasons: list[str]  # sentences that explain the first divergence, most likely first
 
     def first(self) -> Row | None:
         """The first Row with status DIFF, SHAPE or NONFINITE, or None."""
@@ -78,28 +81,41 @@ def diff_traces(ours: Trace, theirs: Trace, tolerance: float | None = None, part
         raise InputError("the two traces have no tensor in common; docs/trace.md lists the names")
     first = result.first()
     if first and first.status == "DIFF":
+
         def get(name):
             return _read(ours, table[name]).astype(np.float64)
 
-        site = Site(table[first.name], get(first.name), _read(theirs, table[first.name]).astype(np.float64),
-                    ours.config, np.array(ours.tokens), get)
+        site = Site(
+            table[first.name],
+            get(first.name),
+            _read(theirs, table[first.name]).astype(np.float64),
+            ours.config,
+            np.array(ours.tokens),
+            get,
+        )
         result.reasons = explain(site, _allowed(first.name, tolerance))
     return result
 
 
 def _check_comparable(ours, theirs):
     if ours.tokens != theirs.tokens:
-        raise InputError(f"the traces are of different tokens ({len(ours.tokens)}: {str(ours.tokens)[:40]}... and "
-                         f"{len(theirs.tokens)}: {str(theirs.tokens)[:40]}...): trace both with the same tokens")
+        raise InputError(
+            f"the traces are of different tokens ({len(ours.tokens)}: {str(ours.tokens)[:40]}... and "
+            f"{len(theirs.tokens)}: {str(theirs.tokens)[:40]}...): trace both with the same tokens"
+        )
     if ours.config.layer_types != theirs.config.layer_types:
-        raise InputError(f"the traces are of different models: the layers are {', '.join(ours.config.layer_types)} and "
-                         f"{', '.join(theirs.config.layer_types)}")
+        raise InputError(
+            f"the traces are of different models: the layers are {', '.join(ours.config.layer_types)} and "
+            f"{', '.join(theirs.config.layer_types)}"
+        )
 
 
 def _tolerance(dtype):
     if dtype not in TOLERANCE:
-        raise InputError(f"a trace has the dtype {shown(dtype)}, for which there is no default tolerance: give a "
-                         f"tolerance, or write one of {', '.join(TOLERANCE)} as dtype in its metadata")
+        raise InputError(
+            f"a trace has the dtype {shown(dtype)}, for which there is no default tolerance: give a "
+            f"tolerance, or write one of {', '.join(TOLERANCE)} as dtype in its metadata"
+        )
     return TOLERANCE[dtype]
 
 
@@ -124,7 +140,7 @@ def _read(trace, traced):
 def _diff_tensor(traced, x, y, tolerance):
     """Compare two arrays of one shape -> Row. Their rows are tokens or heads of tokens; outputs, for a parameter."""
     axes = [a for a in traced.axes if a in ("L", "K-1", *HEADS)] if traced.axes else ["row"] * (x.ndim - 1)
-    rows = x.shape[:len(axes)]
+    rows = x.shape[: len(axes)]
     x, y = (z.reshape(*rows, -1).astype(np.result_type(x, y, np.float32), copy=False) for z in (x, y))
     with np.errstate(all="ignore"):
         difference = np.abs(x - y)
@@ -158,8 +174,11 @@ def _place(bad, axes, rows):
         if len(members) < size:
             words.append(_members(what, members, size))
     place = dict(zip(axes, first))
-    return dict(token=place.get("L"), head=next((place[a] for a in axes if a in HEADS), None),
-                where=", ".join(words) or "everywhere")
+    return dict(
+        token=place.get("L"),
+        head=next((place[a] for a in axes if a in HEADS), None),
+        where=", ".join(words) or "everywhere",
+    )
 
 
 def _members(what, members, size):
@@ -175,14 +194,16 @@ def _members(what, members, size):
 
 # ---- a model compared with itself
 
+
 class Drift(NamedTuple):
     """Relative RMS errors of one layer's output between two ways of computing it."""
-    layer: str                # "blk.0", "output_norm"
-    kind: str                 # of the layer
-    decode: float             # one token per call against one prefill, float32
-    decode_token: int         # the token where that is largest
-    state: float | None       # the states after the last token: conv and S, or the KV cache
-    dtype: float              # float32 against float64, one prefill each
+
+    layer: str  # "blk.0", "output_norm"
+    kind: str  # of the layer
+    decode: float  # one token per call against one prefill, float32
+    decode_token: int  # the token where that is largest
+    state: float | None  # the states after the last token: conv and S, or the KV cache
+    dtype: float  # float32 against float64, one prefill each
     dtype_token: int
 
 

@@ -3,6 +3,7 @@
 An input file holds the inputs of a case by name; numbers such as scale are float64 arrays of shape (1,). An answer file
 holds outputs, and optionally gradients and intermediates, under the kit's names.
 """
+
 import zipfile
 from pathlib import Path
 
@@ -35,8 +36,10 @@ def _write_gguf(path, arrays):
 
 def _read_gguf(path):
     file = read_gguf(path)
-    return {name: dequantize(t.raw, t.type, t.shape, np.float64 if t.type.name == "F64" else np.float32)
-            for name, t in file.tensors.items()}
+    return {
+        name: dequantize(t.raw, t.type, t.shape, np.float64 if t.type.name == "F64" else np.float32)
+        for name, t in file.tensors.items()
+    }
 
 
 FORMATS = {

@@ -1,4 +1,5 @@
 """The expected values of a case: from the committed vectors, or computed from the definition in float64."""
+
 import functools
 import json
 from pathlib import Path
@@ -13,23 +14,27 @@ from deltanet_ref.oracle.noise import floors, scales
 from deltanet_ref.oracle.operators import OPERATORS, in_dtype
 
 VECTORS = Path(__file__).parent / "vectors"
-SAMPLES = 48                  # tokens, about, for which a sampled case holds expected values
+SAMPLES = 48  # tokens, about, for which a sampled case holds expected values
 
 
 class Expected(NamedTuple):
     """Expected values of a case, and how accurate an implementation can be (noise.py)."""
-    values: dict              # output, gradient or intermediate -> float64 array
-    scales: dict              # the same names -> float64 array over the leading axes
-    floors: dict              # the same names -> {"float32": floor, "bfloat16": floor}
-    sample: np.ndarray | None # tokens that per-token values are given for; None: all
+
+    values: dict  # output, gradient or intermediate -> float64 array
+    scales: dict  # the same names -> float64 array over the leading axes
+    floors: dict  # the same names -> {"float32": floor, "bfloat16": floor}
+    sample: np.ndarray | None  # tokens that per-token values are given for; None: all
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The arrays of a vector file: each value, NAME.scale and NAME.floor (float32's, bfloat16's or 0)."""
         tensors = {}
         for name, value in self.values.items():
             floor = [self.floors[name]["float32"], self.floors[name].get("bfloat16", 0.0)]
-            tensors |= {name: value, f"{name}.scale": self.scales[name].astype(np.float32),
-                        f"{name}.floor": np.array(floor, np.float32)}
+            tensors |= {
+                name: value,
+                f"{name}.scale": self.scales[name].astype(np.float32),
+                f"{name}.floor": np.array(floor, np.float32),
+            }
         return tensors
 
 
@@ -52,8 +57,10 @@ def _sampled(case, expected):
     L = case.sizes["L"]
     sample = np.unique([0, 1, *(n * L // SAMPLES for n in range(SAMPLES)), L - 2, L - 1])
     axes = OPERATORS[case.op].outputs | OPERATORS[case.op].gradients
-    values, scale = ({name: a[:, sample] if axes[name][:2] == "st" else a for name, a in table.items()}
-                     for table in (expected.values, expected.scales))
+    values, scale = (
+        {name: a[:, sample] if axes[name][:2] == "st" else a for name, a in table.items()}
+        for table in (expected.values, expected.scales)
+    )
     return Expected(values, scale, expected.floors, sample)
 
 

@@ -3,6 +3,7 @@
 The kit's own conventions are those of notation.py. A layout changes values (decay instead of log decay, transposed
 states, reordered heads) and names (arguments, returned values). A case that it cannot express is skipped with a reason.
 """
+
 import ast
 import math
 from collections.abc import Iterable
@@ -22,13 +23,21 @@ from deltanet_ref.oracle.operators import DELTA, in_dtype
 SWITCHES = {
     "gate": {"log": "g is the log decay, <= 0", "decay": "g is the decay exp(g) itself, and dg its gradient"},
     "state": {"kv": "states are (N, H_v, d_k, d_v)", "vk": "states are (N, H_v, d_v, d_k)"},
-    "heads": {"grouped": "value head h reads key head h // (H_v / H_k)", "tiled": "value head h reads key head h % H_k",
-              "repeated": "q and k have H_v heads, each key head repeated for its value heads"},
+    "heads": {
+        "grouped": "value head h reads key head h // (H_v / H_k)",
+        "tiled": "value head h reads key head h % H_k",
+        "repeated": "q and k have H_v heads, each key head repeated for its value heads",
+    },
     "order": {"token": "(B, L, H, ...)", "head": "(B, H, L, ...)"},
-    "scale": {"argument": "scale is an argument", "fixed": "the callee always multiplies q by d_k ** -0.5",
-              "none": "the callee does not scale q"},
-    "l2norm": {"outside": "q and k are used as given",
-               "inside": "the callee divides q and k by sqrt(sum x^2 + 1e-6); dq, dk are those of its arguments"},
+    "scale": {
+        "argument": "scale is an argument",
+        "fixed": "the callee always multiplies q by d_k ** -0.5",
+        "none": "the callee does not scale q",
+    },
+    "l2norm": {
+        "outside": "q and k are used as given",
+        "inside": "the callee divides q and k by sqrt(sum x^2 + 1e-6); dq, dk are those of its arguments",
+    },
 }
 
 
@@ -38,26 +47,33 @@ class Layout:
 
     A VALUE is the kit's name of an input (q, k, v, g, beta, S0, scale, cu_seqlens, do, dS_end) or a literal.
     """
+
     gate: str = "log"
     state: str = "kv"
     heads: str = "grouped"
     order: str = "token"
     scale: str = "argument"
     l2norm: str = "outside"
-    call: str | None = None               # None: the operator's own, see operators.Operator
-    returns: str | None = None            # names in the order in which the callable returns them, "_" to ignore a value
+    call: str | None = None  # None: the operator's own, see operators.Operator
+    returns: str | None = None  # names in the order in which the callable returns them, "_" to ignore a value
     backward_call: str | None = None
     gradients: str | None = None
-    packed: bool = True                   # accepts cu_seqlens
+    packed: bool = True  # accepts cu_seqlens
 
 
 LAYOUTS = {
     "own": Layout(),
-    "hf": Layout(scale="fixed", heads="repeated", packed=False,
-                 call="q, k, v, g=g, beta=beta, initial_state=S0, output_final_state=True",
-                 backward_call="q, k, v, g=g, beta=beta, initial_state=S0, do=do, dS_end=dS_end"),
-    "fla": Layout(call="q, k, v, g, beta, scale=scale, initial_state=S0, output_final_state=True",
-                  backward_call="q, k, v, g, beta, scale=scale, initial_state=S0, do=do, dS_end=dS_end"),
+    "hf": Layout(
+        scale="fixed",
+        heads="repeated",
+        packed=False,
+        call="q, k, v, g=g, beta=beta, initial_state=S0, output_final_state=True",
+        backward_call="q, k, v, g=g, beta=beta, initial_state=S0, do=do, dS_end=dS_end",
+    ),
+    "fla": Layout(
+        call="q, k, v, g, beta, scale=scale, initial_state=S0, output_final_state=True",
+        backward_call="q, k, v, g, beta, scale=scale, initial_state=S0, do=do, dS_end=dS_end",
+    ),
 }
 NAMES = {name: LAYOUTS[name] for name in ("hf", "fla")}
 
@@ -70,8 +86,10 @@ def make_layout(name: str = "own", **switches: str | None) -> Layout:
     for switch, values in SWITCHES.items():
         if getattr(layout, switch) not in values:
             raise InputError(f"`{switch}` is {shown(getattr(layout, switch))}: use {' or '.join(values)}")
-    for option, text, names in (("returns", layout.returns, (*DELTA.outputs, *FORWARD)),
-                                ("gradients", layout.gradients, (*DELTA.gradients, *BACKWARD))):
+    for option, text, names in (
+        ("returns", layout.returns, (*DELTA.outputs, *FORWARD)),
+        ("gradients", layout.gradients, (*DELTA.gradients, *BACKWARD)),
+    ):
         if unknown := [name for name in returned(text, ()) if name not in (*names, "_")]:
             raise InputError(f"`{option}` has {shown(unknown[0])}: use {' '.join(names)}, and _ for any other value")
     for call in (layout.call, layout.backward_call):
@@ -108,7 +126,7 @@ def put(layout: Layout, case: Case) -> tuple[dict, Expected]:
     if layout.heads == "repeated":
         y["q"], y["k"] = (np.repeat(y[name], case.sizes["H_v"] // case.sizes["H_k"], axis=2) for name in ("q", "k"))
     if layout.gate == "decay":
-        y["g"] = np.exp(y["g"], dtype=np.float64)                          # rounded once, to the dtype passed on
+        y["g"] = np.exp(y["g"], dtype=np.float64)  # rounded once, to the dtype passed on
     if layout.state == "vk":
         y |= {name: np.ascontiguousarray(y[name].swapaxes(-1, -2)) for name in ("S0", "dS_end")}
     if layout.order == "head":
@@ -136,11 +154,11 @@ def take(layout: Layout, case: Case, outputs: dict[str, np.ndarray]) -> dict[str
         _change(y, ("dq", "dk"), lambda a: _sum_repeated(a, case.sizes["H_k"], case.sizes["H_v"]))
     back = np.argsort(_value_order(layout, case))
     for name, axis in {"o": 2, "dv": 2, "dg": 2, "dbeta": 2, "S_end": 1, "dS0": 1}.items():
-        _change(y, (name,), lambda a: np.take(a, back, axis) if a.shape[axis:axis + 1] == back.shape else a)
+        _change(y, (name,), lambda a: np.take(a, back, axis) if a.shape[axis : axis + 1] == back.shape else a)
     if layout.gate == "decay":
         g = make_inputs(case)["g"]
         decay = np.exp(g, dtype=np.float64)
-        _change(y, ("dg",), lambda a: a * decay if a.shape == g.shape else a)   # d/dg = exp(g) d/d exp(g)
+        _change(y, ("dg",), lambda a: a * decay if a.shape == g.shape else a)  # d/dg = exp(g) d/d exp(g)
     return y
 
 
@@ -150,7 +168,7 @@ def _value_order(layout, case):
     wanted = "tiled" if layout.heads == "tiled" else "grouped"
     if case.options.get("head_order", "grouped") == wanted:
         return np.arange(H_v)
-    tiled_place = np.argsort(value_to_key_head(H_k, H_v, "tiled"), kind="stable")   # of each head in grouped order
+    tiled_place = np.argsort(value_to_key_head(H_k, H_v, "tiled"), kind="stable")  # of each head in grouped order
     return tiled_place if wanted == "grouped" else np.argsort(tiled_place)
 
 
@@ -196,7 +214,7 @@ def _expected_of(layout, case, x):
     scale = dict(right.scales)
     for name, (_, r) in caches.items():
         r = r if right.sample is None else r[:, right.sample]
-        scale[f"d{name}"] = scale[f"d{name}"] * r[..., 0] * 2              # dx = r (dy - y (y . dy)), two terms like dy
+        scale[f"d{name}"] = scale[f"d{name}"] * r[..., 0] * 2  # dx = r (dy - y (y . dy)), two terms like dy
     return right._replace(values=through_norms(right.values, caches, right.sample), scales=scale)
 
 
@@ -205,11 +223,16 @@ def arguments(call: str) -> list[tuple]:
     try:
         node = ast.parse(f"f({call})", mode="eval").body
         pairs = [(None, arg) for arg in node.args] + [(keyword.arg, keyword.value) for keyword in node.keywords]
-        return [(keyword, value.id, None) if isinstance(value, ast.Name) and value.id not in ("True", "False", "None")
-                else (keyword, None, ast.literal_eval(value)) for keyword, value in pairs]
+        return [
+            (keyword, value.id, None)
+            if isinstance(value, ast.Name) and value.id not in ("True", "False", "None")
+            else (keyword, None, ast.literal_eval(value))
+            for keyword, value in pairs
+        ]
     except (SyntaxError, ValueError, AttributeError) as error:
-        raise InputError(f"the call {shown(call)} is not a list of arguments such as 'q, k, v, beta, g, state=S0'"
-                         ) from error
+        raise InputError(
+            f"the call {shown(call)} is not a list of arguments such as 'q, k, v, beta, g, state=S0'"
+        ) from error
 
 
 def call_with(call: str, inputs: dict) -> tuple[list, dict]:

@@ -4,6 +4,7 @@ A group of cases is GROUP.json (descriptions, the same text on every machine) an
 Inputs are bit-identical on every machine. Expected values are bit-identical on one machine, and within 1e-12 of their
 scale on others.
 """
+
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ from deltanet_ref.oracle.flags import FLAGS
 from deltanet_ref.oracle.noise import FACTOR
 from deltanet_ref.oracle.operators import OPERATORS
 
-VERSION = 2                   # of the vectors: incremented when an input or an expected value changes
+VERSION = 2  # of the vectors: incremented when an input or an expected value changes
 SOURCE = "float64, token by token: deltanet_ref/ops/gated_delta_rule/recurrent.py and the operators beside it"
-ELSEWHERE = 1e-12             # allowed error of expected values on another machine, relative to their scale
+ELSEWHERE = 1e-12  # allowed error of expected values on another machine, relative to their scale
 SUMS = "SHA256SUMS"
 
 
@@ -47,9 +48,16 @@ def make_group(group: str) -> tuple[str, dict[str, np.ndarray]]:
             cases.append(entry)
             tensors |= {f"{case.id}/{name}": array for name, array in its_tensors.items()}
     flags = dict.fromkeys(flag for entry in cases for flag in entry["flags"])
-    metadata = {"$schema": "./schema.json", "version": VERSION, "group": group, "file": f"{group}.safetensors",
-                "source": SOURCE, "factor": FACTOR, "flags": {flag: FLAGS[flag]._asdict() for flag in flags},
-                "cases": cases}
+    metadata = {
+        "$schema": "./schema.json",
+        "version": VERSION,
+        "group": group,
+        "file": f"{group}.safetensors",
+        "source": SOURCE,
+        "factor": FACTOR,
+        "flags": {flag: FLAGS[flag]._asdict() for flag in flags},
+        "cases": cases,
+    }
     return json.dumps(metadata, indent=1) + "\n", tensors
 
 
@@ -70,8 +78,17 @@ def make_entry(case: Case) -> tuple[dict, dict[str, np.ndarray]]:
         role = "output" if name in op.outputs else "gradient" if name in op.gradients else "intermediate"
         facts[name] = _facts(role, value)
     tensors |= right.tensors()
-    entry = {"id": case.id, "op": case.op, "sizes": case.sizes, "flags": list(case.flags), "seed": case.seed,
-             "options": case.options, "parameters": parameters, "inputs_sha256": digest.hexdigest(), "tensors": facts}
+    entry = {
+        "id": case.id,
+        "op": case.op,
+        "sizes": case.sizes,
+        "flags": list(case.flags),
+        "seed": case.seed,
+        "options": case.options,
+        "parameters": parameters,
+        "inputs_sha256": digest.hexdigest(),
+        "tensors": facts,
+    }
     if right.sample is not None:
         entry["sample"] = right.sample.tolist()
     return entry, tensors
@@ -111,7 +128,7 @@ def _difference(name, stored, tensors):
         return [f"{name}: off by {off.max():.1e} of its scale"] if off.max(initial=0.0) > ELSEWHERE else []
     if name.endswith(".scale"):
         return [] if np.allclose(stored, made, rtol=1e-6) else [f"{name}: differs"]
-    if name.endswith(".floor"):                                            # measured noise, which depends on the BLAS
+    if name.endswith(".floor"):  # measured noise, which depends on the BLAS
         near = (stored <= 8 * made).all() and (made <= 8 * stored).all()
         return [] if near else [f"{name}: {stored} is not within a factor of 8 of {made}"]
     return [] if np.array_equal(stored, made) else [f"{name}: an input differs"]

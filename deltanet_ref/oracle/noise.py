@@ -9,6 +9,7 @@ scale   one number per row (per token and head; per tensor if it has neither): t
 floor   one number per output and precision: the largest |x - e| / scale of the definition and of the chunked form when
         they run in that precision.
 """
+
 import numpy as np
 
 from deltanet_ref import ops
@@ -17,11 +18,11 @@ from deltanet_ref.oracle.cases import CHUNK, Case, Draw, bfloat16
 from deltanet_ref.oracle.chunk_by_chunk import chunk_by_chunk
 from deltanet_ref.oracle.operators import OPERATORS, in_dtype
 
-FACTOR = {"float32": 16, "bfloat16": 8, "float64": 16}   # kernels differ in summation order, chunks, fused products
-PRECISIONS = {"float32": 2.0 ** -24, "bfloat16": 2.0 ** -9}   # unit roundoffs, the lower bounds of floors
-SMALLEST_TERM = 2.0 ** -20    # lower bound of a scale computed from terms, relative to the largest of the tensor
-SMALLEST_ROW = 2.0 ** -7      # the same where the scale is just the largest entry of the row
-UNDERFLOW = 1e-30             # lower bound of all scales: float32 underflows below it
+FACTOR = {"float32": 16, "bfloat16": 8, "float64": 16}  # kernels differ in summation order, chunks, fused products
+PRECISIONS = {"float32": 2.0**-24, "bfloat16": 2.0**-9}  # unit roundoffs, the lower bounds of floors
+SMALLEST_TERM = 2.0**-20  # lower bound of a scale computed from terms, relative to the largest of the tensor
+SMALLEST_ROW = 2.0**-7  # the same where the scale is just the largest entry of the row
+UNDERFLOW = 1e-30  # lower bound of all scales: float32 underflows below it
 
 
 def scales(case: Case, x: dict, y: dict) -> dict[str, np.ndarray]:
@@ -44,7 +45,9 @@ def scales(case: Case, x: dict, y: dict) -> dict[str, np.ndarray]:
             s, smallest = terms[name], SMALLEST_TERM
         else:
             letters = axes.get(name, "sthf" if value.ndim < 5 else "schff")
-            s = np.abs(value).max(axis=tuple(axis for axis, letter in enumerate(letters[:value.ndim]) if letter == "f"))
+            s = np.abs(value).max(
+                axis=tuple(axis for axis, letter in enumerate(letters[: value.ndim]) if letter == "f")
+            )
             smallest = SMALLEST_ROW
         out[name] = np.maximum(s, max(smallest * np.max(s, initial=0.0), UNDERFLOW))
     return out
@@ -104,11 +107,17 @@ def delta_rule_scales(x: dict, y: dict) -> dict[str, np.ndarray]:
     K, dv, root = length(k), y["dv"].reshape(v.shape), np.sqrt(d_v)
     dq_terms, dk_terms = (np.abs(x[name] * y[f"d{name}"]).sum(-1)[:, :, heads] for name in ("q", "k"))
     dg = np.abs(y["dg"]) + dq_terms + dk_terms
-    return {"o": shaped(x["scale"] * length(q) * M), "S_end": M_end,
-            "dq": shaped(of_key_heads(x["scale"] * length(do) * M)),
-            "dk": shaped(of_key_heads(beta * (length(v) + root * K * M) * N + length(dv) * M)),
-            "dv": shaped(K * N), "dbeta": shaped(root * K * N * (np.abs(v).max(-1) + K * M)),
-            "dg": dg, "dgc": dg + np.roll(dg, -1, 1), "dS0": N_start}
+    return {
+        "o": shaped(x["scale"] * length(q) * M),
+        "S_end": M_end,
+        "dq": shaped(of_key_heads(x["scale"] * length(do) * M)),
+        "dk": shaped(of_key_heads(beta * (length(v) + root * K * M) * N + length(dv) * M)),
+        "dv": shaped(K * N),
+        "dbeta": shaped(root * K * N * (np.abs(v).max(-1) + K * M)),
+        "dg": dg,
+        "dgc": dg + np.roll(dg, -1, 1),
+        "dS0": N_start,
+    }
 
 
 def relative_error(got: np.ndarray, want: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -162,8 +171,10 @@ def _bfloat16_attempts(case, x):
     else:
         attempts = _with_perturbed_inputs(case, x, PRECISIONS["bfloat16"])
     for attempt in attempts:
-        yield {name: value if name in ("S_end", "dS0", "dg", "loss") else bfloat16(value)
-               for name, value in attempt.items()}
+        yield {
+            name: value if name in ("S_end", "dS0", "dg", "loss") else bfloat16(value)
+            for name, value in attempt.items()
+        }
 
 
 def _with_perturbed_inputs(case, x, roundoff):
@@ -173,9 +184,13 @@ def _with_perturbed_inputs(case, x, roundoff):
     for n in (1, 2, 3):
         draw = Draw(case.seed + n)
         yield OPERATORS[case.op].reference(
-            {name: a * (1 + draw.uniform(a.shape, -roundoff, roundoff))
-             if isinstance(a, np.ndarray) and a.dtype.kind == "f" and name not in ("g", "S0", "dS_end") else a
-             for name, a in x.items()})
+            {
+                name: a * (1 + draw.uniform(a.shape, -roundoff, roundoff))
+                if isinstance(a, np.ndarray) and a.dtype.kind == "f" and name not in ("g", "S0", "dS_end")
+                else a
+                for name, a in x.items()
+            }
+        )
 
 
 def _fused_attention(x):

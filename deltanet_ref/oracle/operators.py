@@ -2,6 +2,7 @@
 
 Axes, one letter each: s sequence, t token, h head, f feature (any other axis).
 """
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,19 +15,29 @@ from deltanet_ref.ops.lora_linear import Update
 
 class Operator(NamedTuple):
     """forward(*args, **options) -> outputs; backward(*args, **options, **incoming) -> gradients."""
-    args: tuple               # positional arguments
-    options: tuple            # keyword-only arguments; cu_seqlens, for packed cases, is last
-    outputs: dict             # name -> axes
-    incoming: tuple           # gradients of the outputs
-    gradients: dict           # name -> axes
-    reference: Callable       # inputs -> {output or gradient: array} in the dtype of the inputs
+
+    args: tuple  # positional arguments
+    options: tuple  # keyword-only arguments; cu_seqlens, for packed cases, is last
+    outputs: dict  # name -> axes
+    incoming: tuple  # gradients of the outputs
+    gradients: dict  # name -> axes
+    reference: Callable  # inputs -> {output or gradient: array} in the dtype of the inputs
 
 
 def _delta(x):
     """recurrent.py, the definition."""
     packed = {"cu_seqlens": x["cu_seqlens"]} if "cu_seqlens" in x else {}
-    o, S_end, cache = gdr.recurrent_forward(x["q"], x["k"], x["v"], g=x["g"], beta=x["beta"], S0=x["S0"],
-                                            scale=x["scale"], head_order=x.get("head_order", "grouped"), **packed)
+    o, S_end, cache = gdr.recurrent_forward(
+        x["q"],
+        x["k"],
+        x["v"],
+        g=x["g"],
+        beta=x["beta"],
+        S0=x["S0"],
+        scale=x["scale"],
+        head_order=x.get("head_order", "grouped"),
+        **packed,
+    )
     gradients = gdr.recurrent_backward(x["do"], x["dS_end"], cache)
     return dict(zip(("o", "S_end", *DELTA.gradients), (o, S_end, *gradients)))
 
@@ -80,8 +91,10 @@ def _attention(x):
 
 def _cross_entropy(x):
     loss, cache = ops.cross_entropy_forward(x["logits"], x["labels"])
-    return {"loss": np.asarray(loss, x["logits"].dtype),
-            "dlogits": ops.cross_entropy_backward(x["dloss"], cache).astype(x["logits"].dtype)}
+    return {
+        "loss": np.asarray(loss, x["logits"].dtype),
+        "dlogits": ops.cross_entropy_backward(x["dloss"], cache).astype(x["logits"].dtype),
+    }
 
 
 def _lora(x):
@@ -107,8 +120,12 @@ def _model(x):
     for t in range(prompt, tokens.shape[1]):
         logits, state = model.step(tokens[:, t], state)
         steps.append(logits.reshape(len(tokens), -1))
-    return {"logits": model.logits(tokens), "decode_logits": np.stack(steps, 1), "loss": np.asarray(loss, model.dtype),
-            **{f"d{name}": value for name, value in gradients.items()}}
+    return {
+        "logits": model.logits(tokens),
+        "decode_logits": np.stack(steps, 1),
+        "loss": np.asarray(loss, model.dtype),
+        **{f"d{name}": value for name, value in gradients.items()},
+    }
 
 
 def _model_gradients():
@@ -118,32 +135,67 @@ def _model_gradients():
     return {f"d{name}": "f" * len(spec.shape) for name, spec in expected_tensors(tiny_config()).items()}
 
 
-DELTA = Operator(("q", "k", "v"), ("g", "beta", "S0", "scale", "cu_seqlens"), {"o": "sthf", "S_end": "shff"},
-                 ("do", "dS_end"),
-                 {"dq": "sthf", "dk": "sthf", "dv": "sthf", "dg": "sth", "dbeta": "sth", "dS0": "shff"}, _delta)
+DELTA = Operator(
+    ("q", "k", "v"),
+    ("g", "beta", "S0", "scale", "cu_seqlens"),
+    {"o": "sthf", "S_end": "shff"},
+    ("do", "dS_end"),
+    {"dq": "sthf", "dk": "sthf", "dv": "sthf", "dg": "sth", "dbeta": "sth", "dS0": "shff"},
+    _delta,
+)
 
 OPERATORS = {
     "gated_delta_rule": DELTA,
     "gated_delta_rule_step": DELTA._replace(
-        options=("g", "beta", "S0", "scale"), outputs={"o": "shf", "S_end": "shff"}, reference=_delta_step,
-        gradients={"dq": "shf", "dk": "shf", "dv": "shf", "dg": "sh", "dbeta": "sh", "dS0": "shff"}),
-    "causal_conv1d": Operator(("x", "w"), ("state", "cu_seqlens"), {"y": "stf", "state_end": "sff"},
-                              ("dy", "dstate_end"), {"dx": "stf", "dw": "ff", "dstate": "sff"}, _conv),
-    "decay_gate": Operator(("a", "b", "A_log", "dt_bias"), (), {"g": "sth", "beta": "sth"}, ("dg", "dbeta"),
-                           {"da": "sth", "db": "sth", "dA_log": "h", "ddt_bias": "h"}, _gate),
+        options=("g", "beta", "S0", "scale"),
+        outputs={"o": "shf", "S_end": "shff"},
+        reference=_delta_step,
+        gradients={"dq": "shf", "dk": "shf", "dv": "shf", "dg": "sh", "dbeta": "sh", "dS0": "shff"},
+    ),
+    "causal_conv1d": Operator(
+        ("x", "w"),
+        ("state", "cu_seqlens"),
+        {"y": "stf", "state_end": "sff"},
+        ("dy", "dstate_end"),
+        {"dx": "stf", "dw": "ff", "dstate": "sff"},
+        _conv,
+    ),
+    "decay_gate": Operator(
+        ("a", "b", "A_log", "dt_bias"),
+        (),
+        {"g": "sth", "beta": "sth"},
+        ("dg", "dbeta"),
+        {"da": "sth", "db": "sth", "dA_log": "h", "ddt_bias": "h"},
+        _gate,
+    ),
     "l2_norm": Operator(("x",), ("eps",), {"y": "sthf"}, ("dy",), {"dx": "sthf"}, _l2_norm),
     "rms_norm": Operator(("x", "w"), ("eps",), {"y": "stf"}, ("dy",), {"dx": "stf", "dw": "f"}, _rms_norm),
-    "gated_rms_norm": Operator(("x", "z", "w"), ("eps",), {"y": "stf"}, ("dy",), {"dx": "stf", "dz": "stf", "dw": "f"},
-                               _gated_rms_norm),
-    "rope": Operator(("x", "positions"), ("rotary_dim", "theta", "sections"), {"y": "sthf"}, ("dy",), {"dx": "sthf"},
-                     _rope),
-    "gated_attention": Operator(("q", "k", "v", "gate"), ("scale",), {"y": "sthf"}, ("dy",),
-                                {"dq": "sthf", "dk": "sthf", "dv": "sthf", "dgate": "sthf"}, _attention),
+    "gated_rms_norm": Operator(
+        ("x", "z", "w"), ("eps",), {"y": "stf"}, ("dy",), {"dx": "stf", "dz": "stf", "dw": "f"}, _gated_rms_norm
+    ),
+    "rope": Operator(
+        ("x", "positions"), ("rotary_dim", "theta", "sections"), {"y": "sthf"}, ("dy",), {"dx": "sthf"}, _rope
+    ),
+    "gated_attention": Operator(
+        ("q", "k", "v", "gate"),
+        ("scale",),
+        {"y": "sthf"},
+        ("dy",),
+        {"dq": "sthf", "dk": "sthf", "dv": "sthf", "dgate": "sthf"},
+        _attention,
+    ),
     "cross_entropy": Operator(("logits", "labels"), (), {"loss": ""}, ("dloss",), {"dlogits": "tf"}, _cross_entropy),
-    "lora_linear": Operator(("x", "w", "a", "b"), ("scale",), {"y": "tf"}, ("dy",),
-                            {"dx": "tf", "da": "ff", "db": "ff"}, _lora),
-    "qwen35": Operator(("tokens", "labels", "prompt"), (), {"logits": "stf", "decode_logits": "stf", "loss": ""}, (),
-                       _model_gradients(), _model),
+    "lora_linear": Operator(
+        ("x", "w", "a", "b"), ("scale",), {"y": "tf"}, ("dy",), {"dx": "tf", "da": "ff", "db": "ff"}, _lora
+    ),
+    "qwen35": Operator(
+        ("tokens", "labels", "prompt"),
+        (),
+        {"logits": "stf", "decode_logits": "stf", "loss": ""},
+        (),
+        _model_gradients(),
+        _model,
+    ),
 }
 
 
@@ -154,5 +206,6 @@ def held_in(dtype: str) -> str:
 
 def in_dtype(inputs: dict, dtype) -> dict:
     """The inputs with every float array converted to dtype."""
-    return {name: x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
-            for name, x in inputs.items()}
+    return {
+        name: x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x for name, x in inputs.items()
+    }

@@ -2,6 +2,7 @@
 
 Each runner has run(case, inputs, layout) -> Answer, and provenance, a text that identifies what was actually run.
 """
+
 import contextlib
 import hashlib
 import importlib
@@ -30,22 +31,24 @@ from deltanet_ref.oracle.exchange import FORMATS, read_answers, write_case
 from deltanet_ref.oracle.layouts import Layout, backward_call, call_with, forward_call, returned
 from deltanet_ref.oracle.operators import OPERATORS, held_in, in_dtype
 
-ALWAYS_FLOAT32 = ("g", "S0", "dS_end", "A_log", "dt_bias", "dg", "S")     # even when the inputs are bfloat16
-START_SECONDS = 180           # for the import, which may compile kernels
+ALWAYS_FLOAT32 = ("g", "S0", "dS_end", "A_log", "dt_bias", "dg", "S")  # even when the inputs are bfloat16
+START_SECONDS = 180  # for the import, which may compile kernels
 
 
 class Answer(NamedTuple):
     """What an implementation returned for one case."""
-    outputs: dict | None      # name -> NumPy array, in the implementation's layout
-    status: str = "ok"        # or ERROR, TIMEOUT, MISSING, SKIP when there are no outputs
+
+    outputs: dict | None  # name -> NumPy array, in the implementation's layout
+    status: str = "ok"  # or ERROR, TIMEOUT, MISSING, SKIP when there are no outputs
     message: str = ""
-    device: str = ""          # where the outputs were computed, according to the arrays
+    device: str = ""  # where the outputs were computed, according to the arrays
 
 
 # ------------------------------------------------------------------------------------------------- kinds of arrays
 #
 # array(x, dtype) converts from NumPy, numpy(x) back; device(x) describes where x lives; gradients(...) uses the
 # framework's autodiff: see TorchArrays.
+
 
 class NumpyArrays:
     """NumPy: float32 or float64; bfloat16 values are passed in float32 arrays."""
@@ -113,8 +116,11 @@ class TorchArrays:
         inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in names}
         with self.torch.enable_grad():
             outputs = function(inputs)
-            loss = sum((outputs[name] * d).sum() for name, d in incoming.items()
-                       if getattr(outputs.get(name), "requires_grad", False))
+            loss = sum(
+                (outputs[name] * d).sum()
+                for name, d in incoming.items()
+                if getattr(outputs.get(name), "requires_grad", False)
+            )
         if not isinstance(loss, self.torch.Tensor):
             raise RuntimeError("autograd finds no path from the outputs to the inputs: were they detached?")
         found = self.torch.autograd.grad(loss, [inputs[name] for name in names], allow_unused=True)
@@ -146,7 +152,7 @@ class JaxArrays:
             return {name: outputs[name] for name in incoming}
 
         outputs, vjp = self.jax.vjp(outputs_of, {name: inputs[name] for name in names})
-        found, = vjp({name: self.jax.numpy.asarray(d, outputs[name].dtype) for name, d in incoming.items()})
+        (found,) = vjp({name: self.jax.numpy.asarray(d, outputs[name].dtype) for name, d in incoming.items()})
         return found
 
 
@@ -154,6 +160,7 @@ ARRAYS = {"numpy": NumpyArrays, "torch": TorchArrays, "jax": JaxArrays, "cupy": 
 
 
 # ------------------------------------------------------------------------------------------------ Python callables
+
 
 class Callables:
     """Calls forward and backward in this process. backward: a callable, "autograd", or None."""
@@ -173,7 +180,7 @@ class Callables:
                 outputs |= self._backward(op, inputs, layout)
         except InputError:
             raise
-        except Exception as error:                                         # an exception of the callable is the verdict
+        except Exception as error:  # an exception of the callable is the verdict
             return Answer(None, "ERROR", f"{_one_line(error)} ({_location(error)})")
         try:
             outputs = {name: self.arrays.numpy(value) for name, value in outputs.items() if value is not None}
@@ -209,9 +216,14 @@ class Callables:
     def _arrays(self, inputs):
         """New arrays for each call, so that the callee may overwrite its arguments. Integers stay integers."""
         wide = held_in(self.dtype)
-        return {name: value if not isinstance(value, np.ndarray)
-                else self.arrays.array(value, wide if name in ALWAYS_FLOAT32 else self.dtype) if value.dtype.kind == "f"
-                else self.arrays.array(value, str(value.dtype)) for name, value in inputs.items()}
+        return {
+            name: value
+            if not isinstance(value, np.ndarray)
+            else self.arrays.array(value, wide if name in ALWAYS_FLOAT32 else self.dtype)
+            if value.dtype.kind == "f"
+            else self.arrays.array(value, str(value.dtype))
+            for name, value in inputs.items()
+        }
 
 
 def _one_line(error):
@@ -252,7 +264,7 @@ def load_callable(spec: str) -> Callable:
         target = module
         for part in function.split("."):
             target = getattr(target, part)
-    except BaseException as error:                                         # including the module's SystemExit
+    except BaseException as error:  # including the module's SystemExit
         raise InputError(f"{spec} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(target):
         raise InputError(f"{spec} has type {type(target).__name__} and is not a function")
@@ -260,7 +272,7 @@ def load_callable(spec: str) -> Callable:
 
 
 def source_of(function: Callable) -> str:
-    """"module.function (file:line)", or just the name if the source is unknown."""
+    """ "module.function (file:line)", or just the name if the source is unknown."""
     name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
     try:
         plain = inspect.unwrap(function)
@@ -279,6 +291,7 @@ def _location(error):
 
 # ------------------------------------------------------------------------------------------- in a separate process
 
+
 class Worker:
     """Callables in a child process, which is restarted after a case that exceeds the timeout (seconds) or kills it.
 
@@ -292,10 +305,14 @@ class Worker:
         self._start()
 
     def _start(self):
-        path = os.pathsep.join(filter(None, sys.path))                     # the same import path as this process
-        self.process = subprocess.Popen([sys.executable, "-m", "deltanet_ref.oracle.worker"], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, start_new_session=os.name == "posix",
-                                        env=os.environ | {"PYTHONPATH": path})
+        path = os.pathsep.join(filter(None, sys.path))  # the same import path as this process
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "deltanet_ref.oracle.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=os.name == "posix",
+            env=os.environ | {"PYTHONPATH": path},
+        )
         self.replies = queue.SimpleQueue()
         threading.Thread(target=_read_replies, args=(self.process.stdout, self.replies), daemon=True).start()
         reply = self._ask(self.setup, START_SECONDS)
@@ -337,7 +354,7 @@ class Worker:
     def close(self):
         if self.process is not None:
             _kill(self.process)
-            with contextlib.suppress(BrokenPipeError):                     # closing flushes what was not read
+            with contextlib.suppress(BrokenPipeError):  # closing flushes what was not read
                 self.process.stdin.close()
             self.process = None
 
@@ -352,7 +369,7 @@ def _read_replies(stream, replies):
 
 def _kill(process):
     """Kill the process and its children (its process group), and wait for it."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):         # already ended
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # already ended
         os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
     process.wait()
 
@@ -366,6 +383,7 @@ def _exit_reason(process):
 
 # ---------------------------------------------------------------------------------------------- programs and files
 
+
 class Program:
     """A command with {in} and {out}, run once per case: files of the given format. timeout: seconds per case."""
 
@@ -375,8 +393,9 @@ class Program:
         except ValueError as error:
             raise InputError(f"the command {shown(command)} cannot be parsed: {error}") from error
         if not any("{in}" in word for word in self.words) or not any("{out}" in word for word in self.words):
-            raise InputError(f"the command {shown(command)} must contain {{in}} and {{out}}, the files to read and "
-                             "to write")
+            raise InputError(
+                f"the command {shown(command)} must contain {{in}} and {{out}}, the files to read and to write"
+            )
         self.format, self.timeout, self.dtype = format, timeout, dtype
         self.directory = tempfile.TemporaryDirectory(prefix="deltanet-ref-")
         self.provenance = _program_facts(self.words)
@@ -387,8 +406,13 @@ class Program:
         target.unlink(missing_ok=True)
         words = [word.replace("{in}", str(source)).replace("{out}", str(target)) for word in self.words]
         try:
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                       stderr=subprocess.STDOUT, start_new_session=os.name == "posix")
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=os.name == "posix",
+            )
         except OSError as error:
             raise InputError(f"the program {words[0]} cannot be run: {error.strerror}") from error
         try:
@@ -414,8 +438,10 @@ class Results:
     def __init__(self, directory):
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise InputError(f"{directory}: is not a directory; it must hold one file per case, such as "
-                             f"{Path(directory) / 'delta' / 'plain.safetensors'}")
+            raise InputError(
+                f"{directory}: is not a directory; it must hold one file per case, such as "
+                f"{Path(directory) / 'delta' / 'plain.safetensors'}"
+            )
         self.provenance = f"files in {self.directory}"
 
     def run(self, case: Case, inputs: dict, layout: Layout) -> Answer:
@@ -432,12 +458,14 @@ class Results:
 def _answer_from(path, case, layout):
     try:
         arrays = {name: np.array(value) for name, value in read_answers(path).items()}
-    except Exception as error:                                             # a damaged file is the verdict on this case
+    except Exception as error:  # a damaged file is the verdict on this case
         return Answer(None, "ERROR", f"the answer cannot be read: {error}")
-    if path.suffix == ".gguf":                                             # ggml drops leading axes of size 1
+    if path.suffix == ".gguf":  # ggml drops leading axes of size 1
         axes = OPERATORS[case.op].outputs | OPERATORS[case.op].gradients
-        arrays = {name: a.reshape((1,) * (len(axes[name]) - a.ndim) + a.shape) if name in axes else a
-                  for name, a in arrays.items()}
+        arrays = {
+            name: a.reshape((1,) * (len(axes[name]) - a.ndim) + a.shape) if name in axes else a
+            for name, a in arrays.items()
+        }
     return Answer(arrays)
 
 
@@ -445,9 +473,13 @@ def _program_facts(words):
     """The program and the files among its arguments, such as a script, each with the start of its sha256."""
     program = shutil.which(words[0])
     if program is None:
-        problem = (f"is not executable: chmod +x {words[0]}" if Path(words[0]).is_file() else
-                   f"cannot be found: give its path, such as ./{words[0]}")
+        problem = (
+            f"is not executable: chmod +x {words[0]}"
+            if Path(words[0]).is_file()
+            else f"cannot be found: give its path, such as ./{words[0]}"
+        )
         raise InputError(f"the program {words[0]} {problem}")
     files = [Path(program), *(Path(word) for word in words[1:] if Path(word).is_file())]
-    return ", ".join(f"{path.resolve()} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
-                     for path in files)
+    return ", ".join(
+        f"{path.resolve()} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]})" for path in files
+    )

@@ -8,6 +8,7 @@ take the correct value of the step it replaces, again by name:
                  y=lambda x, r: x * r)
     evaluate(NORM, {"x": x, "eps": 1e-6}, steps(r=lambda r: bfloat16(r)))["y"]
 """
+
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,8 +16,9 @@ from typing import NamedTuple
 
 class Step(NamedTuple):
     """One equation."""
+
     function: Callable
-    takes: tuple              # names of its arguments
+    takes: tuple  # names of its arguments
 
 
 def steps(**equations: Callable) -> dict[str, Step]:
@@ -39,15 +41,19 @@ def evaluate(equations: dict[str, Step], values: dict, changes: dict[str, Step])
 def changed(values: dict, changes: dict[str, Step], **context) -> dict:
     """Copy of values with the changes to them; each takes its arguments from values as they are, then from context."""
     known = context | values
-    return values | {name: change.function(*[known[argument] for argument in change.takes])
-                     for name, change in changes.items() if name in values}
+    return values | {
+        name: change.function(*[known[argument] for argument in change.takes])
+        for name, change in changes.items()
+        if name in values
+    }
 
 
 class Form(NamedTuple):
     """An operator whose equations are evaluated once; results have the names of its outputs and gradients."""
+
     forward: dict[str, Step]
     backward: dict[str, Step]
-    defaults: dict = {}       # inputs that a case may lack
+    defaults: dict = {}  # inputs that a case may lack
 
     def run(self, x: dict, changes: dict[str, Step], gradients: bool) -> dict:
         """All values by name, those of the backward equations only with gradients."""

@@ -8,6 +8,7 @@ place  the failing cases and rows are exactly those that a mistake can affect: t
 
 If an output is wrong, only outputs are compared, because the gradients of a wrong forward say little; else gradients.
 """
+
 import functools
 
 import numpy as np
@@ -22,19 +23,19 @@ from deltanet_ref.oracle.mutants.forms import DELTA
 from deltanet_ref.oracle.noise import FACTOR
 from deltanet_ref.oracle.operators import OPERATORS, held_in, in_dtype
 
-CHUNKS = (16, 32, 64, 128)    # chunk sizes to try; the implementation does not report its own
-UNUSUAL_CHUNKS = (4, 8, 10, 20, 24, 40, 48, 80, 96, 100)      # tried when nothing fits with those
-LONGEST = 200                 # tokens; mutants do not run on longer cases
-FIRST, FAILING, PASSING = 4, 10, 6                # failing cases for every mutant; cases for those that fit there
-LIKELY, SIZE_LIKELY = 0.5, 0.6                    # share of the wrong elements that a suspect must explain
-ALWAYS = 0.75                 # share of one output that must be explained for the output to count
-EXPLAINED = 0.05              # an error is explained if at most this part of it remains
-LARGEST = 2.0 ** 30           # noise floors up to which errors are compared
-AS_LARGE = 2.0                # bits by which the errors of one mistake vary between implementations
-NEARLY = 0.85                 # share of the cases with a property that must fail for it to be the reason
-ROUNDING, ROUNDINGS = 2.0 ** -6, (18, 19, 34)     # largest relative error of rounding to bfloat16; mistakes that round
-DECAYS = (5, 6)               # of strong decay: errors of any size
-PLACE = 0.45                  # score of an exact match of place, below any match of numbers
+CHUNKS = (16, 32, 64, 128)  # chunk sizes to try; the implementation does not report its own
+UNUSUAL_CHUNKS = (4, 8, 10, 20, 24, 40, 48, 80, 96, 100)  # tried when nothing fits with those
+LONGEST = 200  # tokens; mutants do not run on longer cases
+FIRST, FAILING, PASSING = 4, 10, 6  # failing cases for every mutant; cases for those that fit there
+LIKELY, SIZE_LIKELY = 0.5, 0.6  # share of the wrong elements that a suspect must explain
+ALWAYS = 0.75  # share of one output that must be explained for the output to count
+EXPLAINED = 0.05  # an error is explained if at most this part of it remains
+LARGEST = 2.0**30  # noise floors up to which errors are compared
+AS_LARGE = 2.0  # bits by which the errors of one mistake vary between implementations
+NEARLY = 0.85  # share of the cases with a property that must fail for it to be the reason
+ROUNDING, ROUNDINGS = 2.0**-6, (18, 19, 34)  # largest relative error of rounding to bfloat16; mistakes that round
+DECAYS = (5, 6)  # of strong decay: errors of any size
+PLACE = 0.45  # score of an exact match of place, below any match of numbers
 
 
 # numbers, title, property of a case of the delta rule and its inputs; for mistakes whose numbers vary too much
@@ -49,8 +50,11 @@ PROPERTIES = (
     ((15,), "only cases of several rows fail", lambda case, x: case.sizes["B"] > 1),
     ((2,), "only cases of several key heads fail", lambda case, x: case.sizes["H_k"] > 1),
     ((8,), "only keys that are not unit vectors fail", lambda case, x: abs(np.square(x["k"]).sum(-1) - 1).max() > 0.1),
-    ((7,), "only scales other than d_k ** -0.5 fail",
-     lambda case, x: abs(x["scale"] ** 2 * case.sizes["d_k"] - 1) > 1e-6),
+    (
+        (7,),
+        "only scales other than d_k ** -0.5 fail",
+        lambda case, x: abs(x["scale"] ** 2 * case.sizes["d_k"] - 1) > 1e-6,
+    ),
 )
 
 
@@ -79,8 +83,12 @@ class _Failure:
         self.op, self.results, self.dtype, self.layout = op, results, report.dtype, report.layout
         self.backward = not any(_bad(result, outputs) for result in results)
         # no mistake leaves out an output, but some leave out a gradient
-        judged = {name for result in results for name, stage in result.stages.items()
-                  if stage.status != "MISSING" or name in OPERATORS[op].gradients}
+        judged = {
+            name
+            for result in results
+            for name, stage in result.stages.items()
+            if stage.status != "MISSING" or name in OPERATORS[op].gradients
+        }
         self.names = tuple(name for name in (OPERATORS[op].gradients if self.backward else outputs) if name in judged)
         self.failing = [result for result in results if _bad(result, self.names)]
         self.passing = [result for result in results if not _bad(result, self.names)]
@@ -95,20 +103,35 @@ class _Failure:
         def rated(by, agreement, *first, chunks=CHUNKS, likely=LIKELY):
             """Mistakes whose mutants agree on all cases; one that disagrees on the first is not run on the rest."""
             for mistake in table:
-                mutants = [mutant for name in realisations for mutant in _of_every_chunk(getattr(mistake, name), chunks)
-                           if mistake.by == by and all(agreement(mutant, part) > likely / 2 for part in first)]
+                mutants = [
+                    mutant
+                    for name in realisations
+                    for mutant in _of_every_chunk(getattr(mistake, name), chunks)
+                    if mistake.by == by and all(agreement(mutant, part) > likely / 2 for part in first)
+                ]
                 score = max((agreement(mutant, cases) for mutant in mutants), default=0.0)
                 if score >= likely:
                     yield score, mistake.bug, mistake.title
 
         first, rounding = (failing[:1], failing[:FIRST]), self.rounding()
-        return (list(rated("value", self.same_numbers, *first))
-                or not rounding and list(rated("value", self.same_numbers, *first, chunks=UNUSUAL_CHUNKS))
-                or self.backward and [(score, bug, f"{title}, but with the wrong sign or twice")
-                                      for score, bug, title in rated("value", self.opposite_numbers, *first)]
-                or list(rated("size", self.same_sizes, likely=SIZE_LIKELY))
-                or self.places({bug for bug in {26, *(mistake.bug for mistake in table)}      # 26 is the GPU's alone
-                                if bug in DECAYS or (bug in ROUNDINGS) == rounding}))
+        return (
+            list(rated("value", self.same_numbers, *first))
+            or not rounding
+            and list(rated("value", self.same_numbers, *first, chunks=UNUSUAL_CHUNKS))
+            or self.backward
+            and [
+                (score, bug, f"{title}, but with the wrong sign or twice")
+                for score, bug, title in rated("value", self.opposite_numbers, *first)
+            ]
+            or list(rated("size", self.same_sizes, likely=SIZE_LIKELY))
+            or self.places(
+                {
+                    bug
+                    for bug in {26, *(mistake.bug for mistake in table)}  # 26 is the GPU's alone
+                    if bug in DECAYS or (bug in ROUNDINGS) == rounding
+                }
+            )
+        )
 
     def opposite_numbers(self, mutant, results):
         """same_numbers with the missing term subtracted once more: gradients are linear in most terms, so this is what
@@ -146,8 +169,10 @@ class _Failure:
         with np.errstate(invalid="ignore", over="ignore"):
             theirs = right + times * (theirs - right) if times > 1 else theirs
         limit = FACTOR[self.dtype]
-        error, its_error, apart = (noise_multiples(y, want, result.expected, name, self.dtype)
-                                   for y, want in ((ours, right), (theirs, right), (ours, theirs)))
+        error, its_error, apart = (
+            noise_multiples(y, want, result.expected, name, self.dtype)
+            for y, want in ((ours, right), (theirs, right), (ours, theirs))
+        )
         same = np.isfinite(error) & (apart <= np.maximum(EXPLAINED * error, np.minimum(limit, error / 4)))
         same |= np.isinf(error) & np.isinf(its_error)
         wrong = (error > limit) | (its_error > limit)
@@ -172,8 +197,12 @@ class _Failure:
     def rounding(self):
         """Whether all errors are small enough to be rounding."""
         precision = "bfloat16" if self.dtype == "bfloat16" else "float32"
-        return all(stage.error * result.expected.floors[name][precision] < ROUNDING
-                   for result in self.failing for name, stage in result.stages.items() if name in self.names)
+        return all(
+            stage.error * result.expected.floors[name][precision] < ROUNDING
+            for result in self.failing
+            for name, stage in result.stages.items()
+            if name in self.names
+        )
 
     def places(self, possible):
         """Suspects among these numbers by place: nearly all cases with a property fail, and none without it."""
@@ -185,12 +214,18 @@ class _Failure:
                 failed[bool(has_it(result.case, x))].append(_bad(result, self.names))
             if min(map(len, failed.values())) >= 2 and np.mean(failed[True]) > NEARLY and not any(failed[False]):
                 found += [(PLACE * float(np.mean(failed[True])), bug, title) for bug in bugs if bug in possible]
-        firsts = [stage.first_bad for result in self.failing for name, stage in result.stages.items()
-                  if name in self.names and stage.first_bad]
-        if firsts and all(place.get("sequence") for place in firsts):       # never None or 0
+        firsts = [
+            stage.first_bad
+            for result in self.failing
+            for name, stage in result.stages.items()
+            if name in self.names and stage.first_bad
+        ]
+        if firsts and all(place.get("sequence") for place in firsts):  # never None or 0
             bugs = {bug for result in self.failing for bug in ((1, 4) if result.case.options.get("lengths") else (15,))}
-            found += [(PLACE, bug, "only rows and sequences after the first are wrong")
-                      for bug in sorted(bugs & possible)[::-1]]
+            found += [
+                (PLACE, bug, "only rows and sequences after the first are wrong")
+                for bug in sorted(bugs & possible)[::-1]
+            ]
         if any(self.shuffled(result) for result in self.failing):
             found.append((1.0, 32, "the shapes are those of other outputs"))
         return found
@@ -209,8 +244,11 @@ class _Failure:
             yield FLAGS[flag].bugs, f"only cases with {flag} fail", lambda case, x, flag=flag: flag in case.flags
         for C in CHUNKS:
             yield (13,), f"only chunks of {C} that are not full fail", lambda case, x, C=C: case.sizes.get("L", C) % C
-            yield ((29, 4, 11), f"only cases of several chunks of {C} fail",
-                   lambda case, x, C=C: case.sizes.get("L", C) > C)
+            yield (
+                (29, 4, 11),
+                f"only cases of several chunks of {C} fail",
+                lambda case, x, C=C: case.sizes.get("L", C) > C,
+            )
 
 
 def _bad(result, names):
@@ -220,8 +258,10 @@ def _bad(result, names):
 def _varied(results, n):
     """Up to n cases with different flags, short to long; hand-computable ones last, since they distinguish little."""
     chosen, seen = [], set()
-    for result in sorted((result for result in results if result.case.sizes.get("L", 1) <= LONGEST),
-                         key=lambda result: ("hand-computable" in result.case.flags, result.case.sizes.get("L", 1))):
+    for result in sorted(
+        (result for result in results if result.case.sizes.get("L", 1) <= LONGEST),
+        key=lambda result: ("hand-computable" in result.case.flags, result.case.sizes.get("L", 1)),
+    ):
         if not set(result.case.flags) <= seen:
             chosen.append(result)
             seen |= set(result.case.flags)
@@ -239,7 +279,7 @@ def _of_every_chunk(mutant, chunks):
 def _answers(mutant, case, layout, dtype, gradients):
     """A mutant's answers to a case as a callee of this layout would give them, in the kit's own layout."""
     if mutant.any_chunk:
-        longer = [C for C in CHUNKS if C > case.sizes.get("L", 1)]        # with any of these the case is one chunk
+        longer = [C for C in CHUNKS if C > case.sizes.get("L", 1)]  # with any of these the case is one chunk
         mutant = mutant._replace(chunk=min(mutant.chunk, *longer)) if longer else mutant
     x, _ = put(Layout(), case)
     if case.op == "gated_delta_rule":

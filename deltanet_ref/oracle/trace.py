@@ -3,6 +3,7 @@
 The model computes as always; its layers pass their stages to an observer (Layer.see), which copies them. docs/trace.md
 explains the names, and the file, to those who write one from another implementation.
 """
+
 import json
 from dataclasses import asdict
 from typing import NamedTuple
@@ -24,10 +25,11 @@ FORMAT = "deltanet_ref.trace/1"
 
 class Traced(NamedTuple):
     """One tensor of one trace."""
-    name: str                 # "blk.0.conv", "d.blk.0.conv", "d.blk.0.ssm_a", "logits"
-    axes: tuple               # letters; () for the gradient of a parameter
+
+    name: str  # "blk.0.conv", "d.blk.0.conv", "d.blk.0.ssm_a", "logits"
+    axes: tuple  # letters; () for the gradient of a parameter
     shape: tuple
-    v_heads: VHeads | None    # the axis over the value heads, which stand in grouped order
+    v_heads: VHeads | None  # the axis over the value heads, which stand in grouped order
     meaning: str
 
 
@@ -55,7 +57,7 @@ def trace_table(config, L):
         if s.gradient:
             table.append(_traced(f"d.{prefix}{s.name}", s, size))
         for parameter in s.parameters:
-            spec = specs.get(prefix + parameter)                           # none of a tied head
+            spec = specs.get(prefix + parameter)  # none of a tied head
             if spec is not None:
                 table.append(Traced(f"d.{spec.name}", (), spec.shape, spec.v_heads, "gradient of the parameter"))
     return {t.name: t for t in table}
@@ -80,33 +82,36 @@ def order_value_heads(x, traced, config, to):
 
 # ---- the file
 
+
 class Trace(NamedTuple):
     """Named tensors and what they were made from."""
-    tensors: dict             # name -> array; in a file that was read: a mapping that reads each when it is asked for
+
+    tensors: dict  # name -> array; of a file: a mapping that reads each on access
     config: Config
-    tokens: list              # of int
-    dtype: str                # of the computation
-    model: str                # where the parameters came from
-    version: str              # the software that wrote it
+    tokens: list  # of int
+    dtype: str  # of the computation
+    model: str  # where the parameters came from
+    version: str  # the software that wrote it
     head_order: str = "grouped"
 
-    def table(self):
+    def table(self) -> dict:
+        """Every tensor that a whole trace of this model and these tokens has: trace_table."""
         return trace_table(self.config, len(self.tokens))
 
 
 def write_trace(path, trace):
-    """Writes a .safetensors file: the tensors, and the rest as metadata, each a string (config and tokens are JSON)."""
+    """Write a .safetensors file: the tensors, and the rest as string metadata (config and tokens as JSON)."""
     metadata = {"format": FORMAT, "config": json.dumps(asdict(trace.config)), "tokens": json.dumps(trace.tokens)}
     metadata |= {field: getattr(trace, field) for field in ("dtype", "model", "version", "head_order")}
     write_safetensors(path, trace.tensors, metadata)
 
 
 def read_trace(path):
-    """Reads a trace. Raises InputError for a file that is no trace or whose metadata cannot be read."""
+    """Read a trace. Raises InputError for a file that is not a trace, or whose metadata cannot be read."""
     file = read_safetensors(path)
     data = file.metadata
     if data.get("format") != FORMAT:
-        raise InputError(f"{path}: is no trace: its metadata must say format = {FORMAT} (docs/trace.md tells the rest)")
+        raise InputError(f"{path}: is not a trace: its metadata must contain format = {FORMAT} (docs/trace.md)")
     try:
         config = json.loads(data["config"])
         config = Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})
@@ -120,6 +125,7 @@ def read_trace(path):
 
 
 # ---- recording
+
 
 def trace(model, tokens, backward=False, name="", version=""):
     """Records a forward over one sequence of tokens, and the backward of its loss -> Trace.

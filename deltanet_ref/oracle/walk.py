@@ -3,6 +3,7 @@
 A form holds the equations of one chunk (steps.py); with chunks of one token it is the recurrence. The walk cuts
 sequences into chunks, carries the state from chunk to chunk, and assembles the results.
 """
+
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from deltanet_ref.oracle.steps import Step, changed, evaluate, steps
 
 
 def unrounded(x):
+    """x itself: the rounding of operands that are not rounded."""
     return x
 
 
@@ -22,28 +24,30 @@ def product(operand):
 
 def sum_over_value_heads(key_head, H_k):
     """A function (B, L, H_v, d) -> (B, L, H_k, d): the sum over the value heads that read each key head."""
+
     def shared(rows):
         out = np.zeros((*rows.shape[:2], H_k, rows.shape[3]), rows.dtype)
         for h, key in enumerate(key_head):
             out[:, :, key] += rows[:, :, h]
         return out
+
     return shared
 
 
 DEFAULTS = {"head_order": "grouped", "cu_seqlens": None, "operand": unrounded}
 
-CALL = steps(                                                   # once
+CALL = steps(  # once
     key_head=lambda q, v, head_order: value_to_key_head(q.shape[2], v.shape[2], head_order),
-    q_rows=lambda q, key_head: q[:, :, key_head],               # (B, L, H_v, d_k)
+    q_rows=lambda q, key_head: q[:, :, key_head],  # (B, L, H_v, d_k)
     k_rows=lambda k, key_head: k[:, :, key_head],
     do_rows=lambda do, scale: scale * do,
     dot=lambda operand: product(operand),
-    dot_back=lambda operand: product(operand),                  # of the backward
+    dot_back=lambda operand: product(operand),  # of the backward
     shared=lambda k, key_head: sum_over_value_heads(key_head, k.shape[2]),
 )
-FIRST = steps(S_first=lambda S0: S0)                # before each sequence; `previous`: the last state of the one before
-LAST = steps(dS_last=lambda dS_end: dS_end)         # before its backward; `following`: dS0 of the sequence after it
-DONE = steps(dS_first=lambda dS: dS)                # after its backward, with the values of its first chunk
+FIRST = steps(S_first=lambda S0: S0)  # before each sequence; `previous`: the last state of the one before
+LAST = steps(dS_last=lambda dS_end: dS_end)  # before its backward; `following`: dS0 of the sequence after it
+DONE = steps(dS_first=lambda dS: dS)  # after its backward, with the values of its first chunk
 ROWS = {"Q": "q_rows", "K": "k_rows", "V": "v", "G": "g", "Beta": "beta", "dO": "do_rows"}
 RESULTS = ("o", "S_end", "dq", "dk", "dv", "dg", "dbeta", "dS0")
 
@@ -59,9 +63,10 @@ class DeltaForm(NamedTuple):
     chunk      the number of tokens of a full chunk
     full       whether this is one
     """
+
     forward: dict[str, Step]  # Q, K, V, G, Beta, carried -> Out and S_next, the state after the chunk
-    backward: dict[str, Step] # everything before, dO and dS_next -> dQ, dK, dV, dG, dBeta and dS
-    padded: bool = False      # short chunks are filled up with rows of zeros: beta = 0 writes nothing, g = 0 keeps all
+    backward: dict[str, Step]  # everything before, dO and dS_next -> dQ, dK, dV, dG, dBeta and dS
+    padded: bool = False  # short chunks are filled up with rows of zeros: beta = 0 writes nothing, g = 0 keeps all
     chunk: int | None = None  # the only length of a chunk; None: any
 
     def run(self, x: dict, changes: dict[str, Step], gradients: bool, chunk: int = 64) -> dict:
@@ -126,4 +131,4 @@ def by_token(chunks, name, call):
     """A value of all chunks, (B, H, C, ...) each -> (B, L, H, ...) without padding."""
     rows = [values[name].swapaxes(1, 2) for values in chunks]
     ends = [*(values["at"] for values in chunks[1:]), call["v"].shape[1]]
-    return np.concatenate([row[:, :end - values["at"]] for row, values, end in zip(rows, chunks, ends)], 1)
+    return np.concatenate([row[:, : end - values["at"]] for row, values, end in zip(rows, chunks, ends)], 1)

@@ -1,12 +1,14 @@
 """The child process of runners.Worker: pickled questions on stdin, pickled replies on the original stdout."""
+
 import os
 import pickle
 import sys
 
 
 def main():
+    """Answer questions until stdin ends."""
     questions, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)                                                          # callables print to stderr
+    os.dup2(2, 1)  # callables print to stderr
 
     def reply(value):
         pickle.dump(value, replies)
@@ -15,6 +17,7 @@ def main():
     setup = pickle.load(questions)
     from deltanet_ref.errors import InputError, InternalError
     from deltanet_ref.oracle.runners import Callables, load_callable
+
     try:
         forward = load_callable(setup["forward"])
         backward = setup["backward"]
@@ -36,15 +39,22 @@ def main():
             reply(runner.run(case, inputs, layout))
         except InputError as error:
             reply(error)
-        except Exception as error:                                         # run answers for what the callable raises
+        except Exception as error:  # run answers for what the callable raises
             reply(InternalError.of(error, f"calling the implementation on {case.id}"))
 
 
 def uses_torch(function):
     """Whether the function's module has imported torch, under whatever name."""
     module = sys.modules.get(getattr(function, "__module__", None))
-    return any(getattr(value, "__name__", "").split(".")[0] == "torch" for value in vars(module).values()
-               if type(value).__name__ == "module") if module else False
+    return (
+        any(
+            getattr(value, "__name__", "").split(".")[0] == "torch"
+            for value in vars(module).values()
+            if type(value).__name__ == "module"
+        )
+        if module
+        else False
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """AdamW and gradient clipping by global norm, on dictionaries of a backend's arrays."""
+
 import math
 
 import numpy as np
@@ -31,8 +32,17 @@ class AdamW:
         for name, p in parameters.items():
             if name not in self.m:
                 self.m[name], self.v[name] = (self.backend.xp.zeros_like(p) for _ in "mv")
-            self.backend.adamw_update(p, gradients[name], self.m[name], self.v[name], t=self.t, lr=lr, betas=self.betas,
-                                      eps=self.eps, weight_decay=self.weight_decay if self.decays(name, p) else 0.0)
+            self.backend.adamw_update(
+                p,
+                gradients[name],
+                self.m[name],
+                self.v[name],
+                t=self.t,
+                lr=lr,
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=self.weight_decay if self.decays(name, p) else 0.0,
+            )
 
 
 def clip_by_global_norm(gradients: dict, limit: float | None, backend=ops) -> float:

@@ -1,4 +1,5 @@
 """Examples packed end to end into batches without padding, in an order determined by the seed."""
+
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,9 +10,10 @@ from deltanet_ref.model.qwen35 import IGNORED
 
 class Example(NamedTuple):
     """One sequence to train on."""
+
     tokens: np.ndarray  # (n,) int32
     labels: np.ndarray  # (n,) int32, aligned with tokens (the model shifts); IGNORED where it is not trained
-    source: str         # "train.jsonl:7", for messages
+    source: str  # "train.jsonl:7", for messages
 
     @property
     def kept(self) -> int:
@@ -21,10 +23,11 @@ class Example(NamedTuple):
 
 class Batch(NamedTuple):
     """Packed sequences: all state is reset at the boundaries that cu_seqlens gives."""
-    tokens: np.ndarray      # (1, T) int32
-    labels: np.ndarray      # (1, T) int32, IGNORED where it is not trained
+
+    tokens: np.ndarray  # (1, T) int32
+    labels: np.ndarray  # (1, T) int32, IGNORED where it is not trained
     cu_seqlens: np.ndarray  # (N + 1,) int64: 0, then the end of each sequence
-    kept: int               # number of labels in the mean loss: not IGNORED and not the first of a sequence
+    kept: int  # number of labels in the mean loss: not IGNORED and not the first of a sequence
 
 
 def pack(examples: Sequence[Example]) -> Batch:

@@ -14,6 +14,7 @@ and are encoded separately, exactly as generate encodes a prompt. Special tokens
 
 A row comes from outside: any of its fields may hold any JSON value. Rows that do not fit raise InputError.
 """
+
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,8 +27,16 @@ from deltanet_ref.train.batches import IGNORED, Example
 from deltanet_ref.train.masks import conversation_tokens
 
 SPLITS = ("train", "valid", "test")
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-                  "system": "system", "tool": "tool", "observation": "tool"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -64,7 +73,7 @@ def _read_rows(path):
                 faults.append(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
             except RecursionError:
                 faults.append(f"{path}:{number}: nested too deeply")
-            except ValueError as error:         # an integer of more digits than Python converts
+            except ValueError as error:  # an integer of more digits than Python converts
                 faults.append(f"{path}:{number}: not usable: {error}")
     _raise_first(faults)
     if not rows:
@@ -84,8 +93,9 @@ def sequence_limit(seq_len: int | None, context: int, default: int) -> int:
     return seq_len
 
 
-def encode_dataset(rows: Iterable, tokenizer, *, mask_prompt: bool = True, seq_len: int | None = None,
-                   truncate: bool = False) -> list[Example]:
+def encode_dataset(
+    rows: Iterable, tokenizer, *, mask_prompt: bool = True, seq_len: int | None = None, truncate: bool = False
+) -> list[Example]:
     """Turn [(source, row)] into Examples. A row may be an Example already; its length is checked too.
 
     mask_prompt  False also trains on prompts, and on the whole text of conversations
@@ -132,8 +142,9 @@ def encode_row(row, tokenizer, source: str = "", mask_prompt: bool = True) -> Ex
     kind = next((kind for kind in ROW_KINDS if kind in row), None)
     if kind is None:
         found = ", ".join(shown(name) for name in list(row)[:8]) or "no fields"
-        raise InputError(f"has {found}; a row needs text, prompt and completion, messages, instruction and output, "
-                         "or conversations")
+        raise InputError(
+            f"has {found}; a row needs text, prompt and completion, messages, instruction and output, or conversations"
+        )
     tokens, trained = ROW_KINDS[kind](row, tokenizer)
     if not mask_prompt:
         trained = np.ones(len(tokens), bool)
@@ -183,17 +194,20 @@ def _sharegpt(row, tokenizer):
 
 def _conversation(tokenizer, messages, tools):
     if tokenizer.chat_template is None:
-        raise InputError("a conversation needs a chat template, which this model lacks: "
-                         "use rows of prompt and completion")
+        raise InputError(
+            "a conversation needs a chat template, which this model lacks: use rows of prompt and completion"
+        )
     for i, message in enumerate(messages, 1):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise InputError(f"messages: message {i} needs a role, one of {', '.join(ROLES)}")
         content = message.get("content")
         if content is None and message["role"] == "assistant" and message.get("tool_calls"):
-            continue            # a call alone
+            continue  # a call alone
         if not isinstance(content, (str, list)):
-            raise InputError(f"messages: message {i} ({message['role']}) "
-                             + ("has no content" if content is None else f"has {json_kind(content)} as content"))
+            raise InputError(
+                f"messages: message {i} ({message['role']}) "
+                + ("has no content" if content is None else f"has {json_kind(content)} as content")
+            )
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError("messages: no assistant message, so nothing to train on")
     return conversation_tokens(tokenizer, messages, tools=tools)
@@ -215,5 +229,11 @@ def _list(row, field):
     return value
 
 
-ROW_KINDS = {"messages": _messages, "conversations": _sharegpt, "instruction": _alpaca, "prompt": _prompt_completion,
-             "completion": _prompt_completion, "text": _text}
+ROW_KINDS = {
+    "messages": _messages,
+    "conversations": _sharegpt,
+    "instruction": _alpaca,
+    "prompt": _prompt_completion,
+    "completion": _prompt_completion,
+    "text": _text,
+}

@@ -1,4 +1,5 @@
 """The loss of a model on examples, in three units."""
+
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,8 +11,9 @@ OnBatch = Callable[[int, int], None] | None
 
 class Evaluation(NamedTuple):
     """Means over all predicted tokens that have a label."""
-    loss: float           # nats per token
-    perplexity: float     # exp(loss)
+
+    loss: float  # nats per token
+    perplexity: float  # exp(loss)
     bits_per_byte: float  # total nats / ln 2 / bytes of these tokens; end tokens cost nats and have no bytes
     tokens: int
     bytes: int

@@ -1,4 +1,5 @@
 """Initial values of the tensors of a new model."""
+
 import math
 
 import numpy as np
@@ -8,10 +9,10 @@ from deltanet_ref.model.config import Config
 from deltanet_ref.model.tensors import expected_tensors
 from deltanet_ref.model.weights import Weights
 
-STANDARD_DEVIATION = 0.02          # of matrices; smaller for those that write into the residual stream, see below
+STANDARD_DEVIATION = 0.02  # of matrices; smaller for those that write into the residual stream, see below
 TO_RESIDUAL = ("ssm_out.weight", "attn_output.weight", "ffn_down.weight")
-DECAY = (1.0, 16.0)                # -ssm_a = exp(A_log), uniform
-STEP_SIZE = (1e-3, 0.1)            # softplus(dt_bias), log-uniform; a state decays over 1 / (step size x decay) tokens
+DECAY = (1.0, 16.0)  # -ssm_a = exp(A_log), uniform
+STEP_SIZE = (1e-3, 0.1)  # softplus(dt_bias), log-uniform; a state decays over 1 / (step size x decay) tokens
 
 
 def new_model(config: Config, seed: int, backend: Backend, dtype: str = "float32") -> Weights:
@@ -23,8 +24,9 @@ def new_model(config: Config, seed: int, backend: Backend, dtype: str = "float32
     convolution       uniform in +- 1 / sqrt(K);  norms 1
     """
     rng = np.random.default_rng(seed)
-    drawn = {name: _initial(name, spec.shape, config, rng).astype(dtype)
-             for name, spec in expected_tensors(config).items()}
+    drawn = {
+        name: _initial(name, spec.shape, config, rng).astype(dtype) for name, spec in expected_tensors(config).items()
+    }
     return Weights(config, drawn, dtype, backend)
 
 
@@ -32,7 +34,7 @@ def _initial(name, shape, config, rng):
     if name.endswith("ssm_a"):
         return -rng.uniform(*DECAY, shape)
     if name.endswith("ssm_dt.bias"):
-        return np.log(np.expm1(np.exp(rng.uniform(*np.log(STEP_SIZE), shape))))      # softplus(this) = step size
+        return np.log(np.expm1(np.exp(rng.uniform(*np.log(STEP_SIZE), shape))))  # softplus(this) = step size
     if name.endswith("ssm_conv1d.weight"):
         return rng.uniform(-1, 1, shape) / math.sqrt(config.linear_conv_kernel_dim)
     if len(shape) == 1:

@@ -1,4 +1,5 @@
 """The training loop, for any arrays and any function that returns their loss and gradients."""
+
 import itertools
 import math
 import signal
@@ -21,17 +22,19 @@ class Diverged(ArithmeticError):
 
 class TrainRecord(NamedTuple):
     """Measurements since the previous record."""
+
     iteration: int
-    loss: float              # mean over the trained tokens of these iterations
-    learning_rate: float     # of the last iteration
+    loss: float  # mean over the trained tokens of these iterations
+    learning_rate: float  # of the last iteration
     iterations_per_second: float
     tokens_per_second: float  # all tokens that went through the model, trained or not
-    trained_tokens: int      # since the start
-    peak_memory: int         # bytes, since train.memory.start_phase
+    trained_tokens: int  # since the start
+    peak_memory: int  # bytes, since train.memory.start_phase
 
 
 class EvalRecord(NamedTuple):
     """A validation. At iteration 1 it is before the update, at all others after it."""
+
     iteration: int
     loss: float
     seconds: float
@@ -40,17 +43,33 @@ class EvalRecord(NamedTuple):
 @dataclass
 class History:
     """The outcome of fit."""
-    losses: list = field(default_factory=list)       # of every iteration, before its update
+
+    losses: list = field(default_factory=list)  # of every iteration, before its update
     evaluations: list = field(default_factory=list)  # EvalRecord
-    tokens: int = 0                                  # all tokens that went through the model
-    trained_tokens: int = 0                          # tokens with a label
-    seconds: float = 0.0                             # in training steps, without validation
-    interrupted: bool = False                        # by Ctrl-C
+    tokens: int = 0  # all tokens that went through the model
+    trained_tokens: int = 0  # tokens with a label
+    seconds: float = 0.0  # in training steps, without validation
+    interrupted: bool = False  # by Ctrl-C
 
 
-def fit(parameters: dict, loss_and_grads, batches, *, steps: int, optimizer, schedule, clip: float | None = None,
-        accumulation: int = 1, evaluate=None, eval_every: int = 0, log_every: int = 10, on_log=None, on_step=None,
-        save=None, save_every: int = 0) -> History:
+def fit(
+    parameters: dict,
+    loss_and_grads,
+    batches,
+    *,
+    steps: int,
+    optimizer,
+    schedule,
+    clip: float | None = None,
+    accumulation: int = 1,
+    evaluate=None,
+    eval_every: int = 0,
+    log_every: int = 10,
+    on_log=None,
+    on_step=None,
+    save=None,
+    save_every: int = 0,
+) -> History:
     """Minimise the loss: in each step draw batches, compute the mean gradient, clip it and update the parameters.
 
     parameters      name -> array, updated in place
@@ -88,8 +107,9 @@ def fit(parameters: dict, loss_and_grads, batches, *, steps: int, optimizer, sch
             loss, gradients = _mean_loss_and_grads(loss_and_grads, micro, iteration)
             norm = clip_by_global_norm(gradients, clip, optimizer.backend)
             if not math.isfinite(norm):
-                raise Diverged(f"the gradient is not finite at iteration {iteration} (loss {loss:.4g}): "
-                               "lower the learning rate")
+                raise Diverged(
+                    f"the gradient is not finite at iteration {iteration} (loss {loss:.4g}): lower the learning rate"
+                )
             learning_rate = schedule(iteration)
             optimizer.step(parameters, gradients, learning_rate)
             del gradients  # otherwise they would be kept until those of the next step exist
@@ -121,8 +141,9 @@ def _mean_loss_and_grads(loss_and_grads, micro, iteration):
     """Mean over the kept tokens of all micro-batches: sum_i (kept_i / kept) loss_i, and the gradients likewise."""
     kept = sum(batch.kept for batch in micro)
     if not kept:
-        raise InputError(f"no trained token is left at iteration {iteration}: the batches ran out, or all their labels "
-                         "are ignored")
+        raise InputError(
+            f"no trained token is left at iteration {iteration}: the batches ran out, or all their labels are ignored"
+        )
     mean, total = 0.0, {}
     for batch in micro:
         loss, gradients = loss_and_grads(batch)
@@ -153,8 +174,15 @@ class _Window:
         self.seconds += seconds
 
     def record(self, iteration, learning_rate, trained_tokens):
-        return TrainRecord(iteration, self.loss / self.kept, learning_rate, self.iterations / self.seconds,
-                           self.tokens / self.seconds, trained_tokens, peak_memory())
+        return TrainRecord(
+            iteration,
+            self.loss / self.kept,
+            learning_rate,
+            self.iterations / self.seconds,
+            self.tokens / self.seconds,
+            trained_tokens,
+            peak_memory(),
+        )
 
 
 class _Stop:

@@ -1,4 +1,5 @@
 """Training a LoRA adapter on a frozen model."""
+
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,24 +22,25 @@ DEFAULT_SEQ_LEN = 2048
 @dataclass(frozen=True)
 class TrainOptions:
     """The options of train. Raises InputError for values out of range."""
-    steps: int | None = None            # optimizer steps
-    epochs: float | None = None         # passes over the data, instead of steps; 1 if neither is given
-    batch_size: int = 4                 # examples in a batch, packed end to end
-    grad_accumulation: int = 1          # batches in an optimizer step
-    seq_len: int | None = None          # maximum tokens of an example; None: DEFAULT_SEQ_LEN or the model's context
-    truncate: bool = False              # cut longer examples instead of refusing them
-    checkpoint: bool = False            # gradient checkpointing: less memory, every block's forward runs twice
-    mask_prompt: bool = True            # train on completions and answers only
-    lr: float = 2e-4                    # peak learning rate
-    warmup: int = 0                     # steps of linear warmup
-    schedule: str = "cosine"            # of schedule.SHAPES: decay after warmup
-    weight_decay: float = 0.0           # of AdamW
-    clip: float = 1.0                   # maximum norm of the gradient, 0 for no limit
-    seed: int = 0                       # of the order of examples and the validation split
-    val_fraction: float = 0.0           # fraction of the rows held out for validation where there is no valid.jsonl
-    eval_every: int = 100               # steps between validations, 0 for only the first and last
-    log_every: int = 10                 # steps between log lines
-    save_every: int = 0                 # steps between calls of save, 0 for none
+
+    steps: int | None = None  # optimizer steps
+    epochs: float | None = None  # passes over the data, instead of steps; 1 if neither is given
+    batch_size: int = 4  # examples in a batch, packed end to end
+    grad_accumulation: int = 1  # batches in an optimizer step
+    seq_len: int | None = None  # maximum tokens of an example; None: DEFAULT_SEQ_LEN or the model's context
+    truncate: bool = False  # cut longer examples instead of refusing them
+    checkpoint: bool = False  # gradient checkpointing: less memory, every block's forward runs twice
+    mask_prompt: bool = True  # train on completions and answers only
+    lr: float = 2e-4  # peak learning rate
+    warmup: int = 0  # steps of linear warmup
+    schedule: str = "cosine"  # of schedule.SHAPES: decay after warmup
+    weight_decay: float = 0.0  # of AdamW
+    clip: float = 1.0  # maximum norm of the gradient, 0 for no limit
+    seed: int = 0  # of the order of examples and the validation split
+    val_fraction: float = 0.0  # fraction of the rows held out for validation where there is no valid.jsonl
+    eval_every: int = 100  # steps between validations, 0 for only the first and last
+    log_every: int = 10  # steps between log lines
+    save_every: int = 0  # steps between calls of save, 0 for none
 
     def __post_init__(self):
         check_options(self, OPTION_RULES)
@@ -65,7 +67,7 @@ def check_options(options, rules) -> None:
             value = getattr(options, name)
             try:
                 good = value is None or holds(value)
-            except TypeError:           # not a number
+            except TypeError:  # not a number
                 good = False
             if not good:
                 raise InputError(f"`{name}` is {shown(value)}, it must be {rule}")
@@ -102,22 +104,28 @@ def prepare(rows: dict[str, list], model, options: TrainOptions) -> dict[str, li
     """Rows of each split -> {"train": Examples, "valid": Examples, possibly none}, checked for length."""
     if "train" not in rows:
         raise InputError("there is no train.jsonl in the directory")
-    encode = dict(tokenizer=model.tokenizer, mask_prompt=options.mask_prompt, truncate=options.truncate,
-                  seq_len=sequence_limit(options.seq_len, model.config.max_position_embeddings, DEFAULT_SEQ_LEN))
+    encode = dict(
+        tokenizer=model.tokenizer,
+        mask_prompt=options.mask_prompt,
+        truncate=options.truncate,
+        seq_len=sequence_limit(options.seq_len, model.config.max_position_embeddings, DEFAULT_SEQ_LEN),
+    )
     train = encode_dataset(rows["train"], **encode)
     if "valid" in rows:
         return {"train": train, "valid": encode_dataset(rows["valid"], **encode)}
     held_out = math.ceil(options.val_fraction * len(train))
     if held_out == len(train):
-        raise InputError(f"`val_fraction` {options.val_fraction} holds out {counted(len(train), 'row')}, all of them: "
-                         "lower it")
+        raise InputError(
+            f"`val_fraction` {options.val_fraction} holds out {counted(len(train), 'row')}, all of them: lower it"
+        )
     order = np.random.default_rng(options.seed).permutation(len(train))
     valid, kept = np.sort(order[:held_out]), np.sort(order[held_out:])
     return {"train": [train[i] for i in kept], "valid": [train[i] for i in valid]}
 
 
-def run(model, adapter, splits: dict[str, list[Example]], options: TrainOptions, console=None,
-        save=None) -> TrainReport:
+def run(
+    model, adapter, splits: dict[str, list[Example]], options: TrainOptions, console=None, save=None
+) -> TrainReport:
     """Train on prepared Examples: the second half of train."""
     peaks = {"load": start_phase()}
     _attach_trainable(model, adapter)
@@ -129,8 +137,13 @@ def run(model, adapter, splits: dict[str, list[Example]], options: TrainOptions,
     console.line(format_trainable(trainable, total))
 
     def loss_and_grads(batch):
-        return model.loss_and_grads(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens, wrt="lora",
-                                    keep="inputs" if options.checkpoint else "products")
+        return model.loss_and_grads(
+            batch.tokens,
+            batch.labels,
+            cu_seqlens=batch.cu_seqlens,
+            wrt="lora",
+            keep="inputs" if options.checkpoint else "products",
+        )
 
     def evaluate():
         return mean_loss(model, splits["valid"], options.batch_size)
@@ -142,19 +155,37 @@ def run(model, adapter, splits: dict[str, list[Example]], options: TrainOptions,
 
     with console.running(steps):
         history = fit(
-            parameters, loss_and_grads, shuffled(splits["train"], options.batch_size, options.seed), steps=steps,
+            parameters,
+            loss_and_grads,
+            shuffled(splits["train"], options.batch_size, options.seed),
+            steps=steps,
             optimizer=AdamW(weight_decay=options.weight_decay, backend=model.backend),
-            schedule=schedule(options.schedule, options.lr, steps, options.warmup), clip=options.clip or None,
-            accumulation=options.grad_accumulation, evaluate=evaluate if splits["valid"] else None,
-            eval_every=options.eval_every, log_every=options.log_every, on_log=console.log, on_step=on_step,
-            save=save, save_every=options.save_every)
+            schedule=schedule(options.schedule, options.lr, steps, options.warmup),
+            clip=options.clip or None,
+            accumulation=options.grad_accumulation,
+            evaluate=evaluate if splits["valid"] else None,
+            eval_every=options.eval_every,
+            log_every=options.log_every,
+            on_log=console.log,
+            on_step=on_step,
+            save=save,
+            save_every=options.save_every,
+        )
     if len(history.losses) > 1:
         peaks["later steps"] = peak_memory()
     return TrainReport(
-        losses=history.losses, val_losses=[(e.iteration, e.loss) for e in history.evaluations],
-        steps=len(history.losses), tokens=history.tokens, trained_tokens=history.trained_tokens,
-        seconds=history.seconds, tokens_per_second=history.tokens / history.seconds, peak_memory=peaks,
-        trainable_parameters=trainable, total_parameters=total, interrupted=history.interrupted)
+        losses=history.losses,
+        val_losses=[(e.iteration, e.loss) for e in history.evaluations],
+        steps=len(history.losses),
+        tokens=history.tokens,
+        trained_tokens=history.trained_tokens,
+        seconds=history.seconds,
+        tokens_per_second=history.tokens / history.seconds,
+        peak_memory=peaks,
+        trainable_parameters=trainable,
+        total_parameters=total,
+        interrupted=history.interrupted,
+    )
 
 
 def _attach_trainable(model, adapter):

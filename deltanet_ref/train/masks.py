@@ -14,6 +14,7 @@ too. A turn ends with the tokenizer's end token, which is trained, so that the m
 The text before the sentinel must be a prefix of the full rendering. A template whose earlier text depends on later
 content has no such prefix and is refused.
 """
+
 import unicodedata
 
 import numpy as np
@@ -32,6 +33,7 @@ def conversation_tokens(tokenizer, messages: list[dict], **options) -> tuple[np.
     returns   tokens (n,) int32, produced (n,) bool
     Raises InputError if the text that the model produces cannot be located, or a turn ends without an end token.
     """
+
     def render(messages, **changed):
         text = tokenizer.apply_chat_template(messages, **options | changed)
         return unicodedata.normalize("NFC", text)  # as encode does, so that positions here are positions there
@@ -58,8 +60,10 @@ def conversation_tokens(tokenizer, messages: list[dict], **options) -> tuple[np.
         first, last = np.searchsorted(begins, [_byte(full, start), _byte(full, stop)])
         end = next((t for t in range(first, last) if tokens[t] in tokenizer.eos_ids), None)
         if end is None:
-            raise InputError(f"the chat template ends message {i + 1} (assistant) without an end token of the "
-                             f"tokenizer, so the model would never learn to stop. {REMEDY}")
+            raise InputError(
+                f"the chat template ends message {i + 1} (assistant) without an end token of the "
+                f"tokenizer, so the model would never learn to stop. {REMEDY}"
+            )
         produced[first : end + 1] = True
     return tokens, produced
 
@@ -79,8 +83,10 @@ def _content_start(render, full, messages, i):
         before, sentinel, _ = render(messages[:i] + [trial] + messages[i + 1 :]).partition(SENTINEL)
         if sentinel and full.startswith(before):
             return len(before)
-    raise InputError(f"the chat template does not show where message {i + 1} ({message['role']}) begins: the text that "
-                     f"it writes before the message depends on the message. {REMEDY}")
+    raise InputError(
+        f"the chat template does not show where message {i + 1} ({message['role']}) begins: the text that "
+        f"it writes before the message depends on the message. {REMEDY}"
+    )
 
 
 def _generation_prompt(render, messages, turns):

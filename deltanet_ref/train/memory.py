@@ -2,13 +2,14 @@
 
 Pages mapped from a file count from their first use on.
 """
+
 import re
 import resource
 import sys
 from pathlib import Path
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"                # proc(5): sets VmHWM to what is resident now
+RESET_PEAK = "5"  # proc(5): sets VmHWM to what is resident now
 
 
 def peak_memory() -> int:
@@ -24,6 +25,6 @@ def start_phase() -> int:
     peak = peak_memory()
     try:
         CLEAR_REFS.write_text(RESET_PEAK)
-    except OSError:             # no such file, or not writable: the peak stays that of the whole process
+    except OSError:  # no such file, or not writable: the peak stays that of the whole process
         pass
     return peak

@@ -3,6 +3,7 @@
 The trained tensors are those that a GGUF holds, except A_log in place of ssm_a = -exp(A_log), so that the decay keeps
 its sign; dA_log = ssm_a dssm_a.
 """
+
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,8 +13,14 @@ from deltanet_ref.model.weights import Weights
 from deltanet_ref.train.batches import in_order
 
 # tensors whose columns are dropped: inputs of a block, outputs of its branches, input of the head
-DROPPED = ("attn_norm.weight", "post_attention_norm.weight", "ssm_out.weight", "attn_output.weight", "ffn_down.weight",
-           "output_norm.weight")
+DROPPED = (
+    "attn_norm.weight",
+    "post_attention_norm.weight",
+    "ssm_out.weight",
+    "attn_output.weight",
+    "ffn_down.weight",
+    "output_norm.weight",
+)
 
 
 class ParallelModel:
@@ -31,10 +38,12 @@ class ParallelModel:
     def __init__(self, model, threads, dropout=0.0, seed=0):
         self.model, self.dropout, self.executor = model, dropout, ThreadPoolExecutor(threads)
         self.rng = np.random.default_rng([seed, 1])
-        self.parameters = {_trained_name(name): np.log(-w) if name.endswith("ssm_a") else w
-                           for name, w in model.weights.items()}
+        self.parameters = {
+            _trained_name(name): np.log(-w) if name.endswith("ssm_a") else w for name, w in model.weights.items()
+        }
 
     def loss_and_grads(self, batch):
+        """The mean loss of a batch and the gradient of every parameter; sequences run on threads of their own."""
         self.update_decay()
         cu = batch.cu_seqlens
         sequences = [batch.tokens[:, a:b] for a, b in zip(cu, cu[1:])]
@@ -47,7 +56,7 @@ class ParallelModel:
                 gradient *= weight
                 total[name] = total[name] + gradient if name in total else gradient
         for name in [name for name in total if name.endswith("ssm_a")]:
-            total[_trained_name(name)] = self.model.weights[name] * total.pop(name)       # dA_log = ssm_a dssm_a
+            total[_trained_name(name)] = self.model.weights[name] * total.pop(name)  # dA_log = ssm_a dssm_a
         return mean, total
 
     def _sequence(self, tokens, rng):
@@ -65,8 +74,11 @@ class ParallelModel:
         if not self.dropout:
             return {}
         keep, weights = 1 - self.dropout, self.model.weights
-        return {name: (rng.random(weights.shape(name)[-1]) < keep).astype(weights.dtype) / weights.dtype.type(keep)
-                for name in weights if name.endswith(DROPPED)}
+        return {
+            name: (rng.random(weights.shape(name)[-1]) < keep).astype(weights.dtype) / weights.dtype.type(keep)
+            for name in weights
+            if name.endswith(DROPPED)
+        }
 
     def update_decay(self):
         """Recompute the model's ssm_a = -exp(A_log) from the parameters."""
@@ -79,7 +91,8 @@ class ParallelModel:
         self.update_decay()
         losses = self.executor.map(
             lambda batch: batch.kept * self.model.loss(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens),
-            in_order(examples, batch_size))
+            in_order(examples, batch_size),
+        )
         return float(sum(losses)) / sum(example.kept for example in examples)
 
 

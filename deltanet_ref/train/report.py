@@ -1,4 +1,5 @@
 """Output of a training run: log lines (in the format of mlx_lm.lora), progress bar, loss curve, final report."""
+
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,9 +16,11 @@ def format_record(record) -> str:
     """The log line of a TrainRecord or an EvalRecord."""
     if isinstance(record, EvalRecord):
         return f"Iter {record.iteration}: Val loss {record.loss:.3f}, Val took {record.seconds:.3f}s"
-    return (f"Iter {record.iteration}: Train loss {record.loss:.3f}, Learning Rate {record.learning_rate:.3e}, "
-            f"It/sec {record.iterations_per_second:.3f}, Tokens/sec {record.tokens_per_second:.3f}, "
-            f"Trained Tokens {record.trained_tokens}, Peak mem {record.peak_memory / 1e9:.3f} GB")
+    return (
+        f"Iter {record.iteration}: Train loss {record.loss:.3f}, Learning Rate {record.learning_rate:.3e}, "
+        f"It/sec {record.iterations_per_second:.3f}, Tokens/sec {record.tokens_per_second:.3f}, "
+        f"Trained Tokens {record.trained_tokens}, Peak mem {record.peak_memory / 1e9:.3f} GB"
+    )
 
 
 def format_trainable(trained: int, total: int) -> str:
@@ -41,17 +44,18 @@ def format_count(n: int) -> str:
 @dataclass
 class TrainReport:
     """The outcome of a run; .to_dict() is ready for JSON."""
-    losses: list            # training loss of each step
-    val_losses: list        # [(iteration, loss)]
+
+    losses: list  # training loss of each step
+    val_losses: list  # [(iteration, loss)]
     steps: int
-    tokens: int             # all tokens that went through the model
-    trained_tokens: int     # tokens with a label
-    seconds: float          # in training steps, without validation
+    tokens: int  # all tokens that went through the model
+    trained_tokens: int  # tokens with a label
+    seconds: float  # in training steps, without validation
     tokens_per_second: float
-    peak_memory: dict       # phase -> bytes: load, first step (includes compiling kernels), later steps
+    peak_memory: dict  # phase -> bytes: load, first step (includes compiling kernels), later steps
     trainable_parameters: int
     total_parameters: int
-    interrupted: bool       # Ctrl-C ended it early
+    interrupted: bool  # Ctrl-C ended it early
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -127,8 +131,13 @@ class Console(Silent):
             return
         from rich import progress as rich
 
-        with rich.Progress(rich.BarColumn(), rich.MofNCompleteColumn(), rich.TextColumn("loss {task.fields[loss]}"),
-                           rich.TimeElapsedColumn(), rich.TimeRemainingColumn()) as self.progress:
+        with rich.Progress(
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            rich.TextColumn("loss {task.fields[loss]}"),
+            rich.TimeElapsedColumn(),
+            rich.TimeRemainingColumn(),
+        ) as self.progress:
             self.task = self.progress.add_task("train", total=steps, loss="-")
             yield
         self.progress = None

@@ -1,4 +1,5 @@
 """Ways from a base model and an adapter to a small model, compared: quantise below the adapter, after or before it."""
+
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -13,18 +14,30 @@ from deltanet_ref.train.evaluate import Evaluation, evaluate
 from deltanet_ref.train.lora import train
 from deltanet_ref.train.report import Silent, load_matplotlib
 
-BATCH_SIZE = 4          # examples per batch in the evaluations
+BATCH_SIZE = 4  # examples per batch in the evaluations
 
 
 class Route(NamedTuple):
     """One way and its result."""
+
     name: str
-    bytes: int              # of the tensors of the model and of an adapter used at run time
+    bytes: int  # of the tensors of the model and of an adapter used at run time
     evaluation: Evaluation
 
 
-def compare_routes(load, base: str, adapter: str, scale: float, examples, directory: Path | str, *, type: str,
-                   training=None, console=None, **options) -> list[Route]:
+def compare_routes(
+    load,
+    base: str,
+    adapter: str,
+    scale: float,
+    examples,
+    directory: Path | str,
+    *,
+    type: str,
+    training=None,
+    console=None,
+    **options,
+) -> list[Route]:
     """Evaluate the base and the quantised base, each alone and with the adapter, then the merged and quantised model,
     then an adapter trained on the quantised base.
 
@@ -81,8 +94,16 @@ def as_markdown(routes: list[Route]) -> str:
     """A table; its last column is the difference to the loss of the second route, which is not quantised."""
     rows = [("route", "loss, nats per token", "bits per byte", "MB", "against unquantised")]
     unquantised = routes[1].evaluation.loss
-    rows += [(route.name, f"{route.evaluation.loss:.4f}", f"{route.evaluation.bits_per_byte:.4f}",
-              f"{route.bytes / 1e6:.2f}", f"{route.evaluation.loss - unquantised:+.4f}") for route in routes]
+    rows += [
+        (
+            route.name,
+            f"{route.evaluation.loss:.4f}",
+            f"{route.evaluation.bits_per_byte:.4f}",
+            f"{route.bytes / 1e6:.2f}",
+            f"{route.evaluation.loss - unquantised:+.4f}",
+        )
+        for route in routes
+    ]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
@@ -95,7 +116,8 @@ def save_plot(routes: list[Route], path: Path | str) -> None:
     figure = load_matplotlib()(figsize=(8, 1.4 + 0.5 * len(small)), layout="constrained")
     axes = figure.add_subplot(
         title=f"{adapted.name}: {adapted.evaluation.loss:.4f} nats per token (without it {base.evaluation.loss:.4f})",
-        xlabel=f"loss above that of {adapted.name} (nats per token)")
+        xlabel=f"loss above that of {adapted.name} (nats per token)",
+    )
     above = [route.evaluation.loss - adapted.evaluation.loss for route in small]
     bars = axes.barh([f"{route.name}\n{route.bytes / 1e6:.2f} MB" for route in small], above, height=0.6)
     axes.bar_label(bars, [f"{loss:+.4f}" for loss in above], padding=3)

@@ -1,4 +1,5 @@
 """Learning rate schedules."""
+
 import math
 from collections.abc import Callable
 

@@ -5,6 +5,7 @@ mutations, a third kept inputs with those of mutate.py, and a third good files w
 is not hidden by other damage. An input that takes more than SECONDS or MEGABYTES is a bug too. Findings are written to
 files named crash-*, timeout-* or oom-*, which become tests.
 """
+
 import argparse
 import re
 import shutil
@@ -24,12 +25,13 @@ CORPUS = Path(__file__).parent / "corpus"
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=10_000, metavar="N",
-                        help="files to try of each kind (default 10000)")
+    parser.add_argument(
+        "--runs", type=int, default=10_000, metavar="N", help="files to try of each kind (default 10000)"
+    )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="random seed of the mutations (default 1)")
     parser.add_argument("--target", action="append", metavar="NAME", help="fuzz only this kind of file (default: all)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the inputs that reached new code in DIR/NAME")
-    parser.add_argument("--one", help=argparse.SUPPRESS)        # in the process of one target: where it may write
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # in the process of one target: where it may write
     args = parser.parse_args()
     names = args.target or sorted(path.name for path in CORPUS.iterdir())
     if args.one:
@@ -42,19 +44,25 @@ def main():
         options += ["--keep", str(args.keep)] if args.keep else []
         begin = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="fuzz-") as directory:
-            done = subprocess.run([sys.executable, "-m", "tests.fuzz", "--one", directory, *options],
-                                  capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "tests.fuzz", "--one", directory, *options], capture_output=True, text=True
+            )
             counts = Path(directory) / "counts"
             rejected, accepted = np.fromfile(counts, int) if counts.exists() else (0, 0)
         reached = re.findall(r"cov: (\d+)", done.stderr)[-1:] or ["none"]
-        print(f"{name:18} {accepted + rejected:7} {accepted:9} {rejected:9} {time.perf_counter() - begin:8.1f} "
-              f"{reached[0]:>13}", flush=True)
+        print(
+            f"{name:18} {accepted + rejected:7} {accepted:9} {rejected:9} {time.perf_counter() - begin:8.1f} "
+            f"{reached[0]:>13}",
+            flush=True,
+        )
         total += rejected, accepted
         if done.returncode:
             failed.append(name)
             print(done.stdout[-4000:], done.stderr[-1000:], file=sys.stderr)
-    print(f"{'all':18} {total.sum():7} {total[1]:9} {total[0]:9} {time.perf_counter() - start:8.1f}\n"
-          + (f"BUGS in {', '.join(failed)}" if failed else "no bug found"))
+    print(
+        f"{'all':18} {total.sum():7} {total[1]:9} {total[0]:9} {time.perf_counter() - start:8.1f}\n"
+        + (f"BUGS in {', '.join(failed)}" if failed else "no bug found")
+    )
     return 1 if failed else 0
 
 
@@ -85,9 +93,22 @@ def fuzz(target, runs, seed, keep, directory):
             return atheris.Mutate(raw, most)
         return mutate(raw if source == 1 else originals[rng.integers(len(originals))], rng, most)
 
-    atheris.Setup([sys.argv[0], f"-runs={runs}", f"-seed={seed}", f"-timeout={SECONDS}", f"-rss_limit_mb={MEGABYTES}",
-                   f"-artifact_prefix={Path.cwd()}/", "-max_len=20000", str(kept), str(seeds), str(CORPUS / target)],
-                  one, custom_mutator=changed)
+    atheris.Setup(
+        [
+            sys.argv[0],
+            f"-runs={runs}",
+            f"-seed={seed}",
+            f"-timeout={SECONDS}",
+            f"-rss_limit_mb={MEGABYTES}",
+            f"-artifact_prefix={Path.cwd()}/",
+            "-max_len=20000",
+            str(kept),
+            str(seeds),
+            str(CORPUS / target),
+        ],
+        one,
+        custom_mutator=changed,
+    )
     atheris.Fuzz()
 
 

@@ -3,6 +3,7 @@
 A Target passes the bytes of one file to everything in the package that reads such a file; the other files of its
 directory are good. A reader returns or raises InputError: anything else, a RuntimeWarning included, is a bug.
 """
+
 import json
 import shutil
 import warnings
@@ -35,27 +36,53 @@ from deltanet_ref.model.weights import Weights
 from deltanet_ref.train.data import encode_dataset, read_dataset
 
 CONFIG = Config(
-    vocab_size=12, hidden_size=4, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=8, linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=3,
-    linear_value_head_dim=5, linear_conv_kernel_dim=4, rms_norm_eps=1e-6, rope_theta=1e4, partial_rotary_factor=0.25,
-    mrope_section=(1, 0, 0), layer_types=("linear_attention", "full_attention"), tie_word_embeddings=True,
-    max_position_embeddings=64)
+    vocab_size=12,
+    hidden_size=4,
+    intermediate_size=6,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    linear_num_key_heads=1,
+    linear_num_value_heads=2,
+    linear_key_head_dim=3,
+    linear_value_head_dim=5,
+    linear_conv_kernel_dim=4,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    partial_rotary_factor=0.25,
+    mrope_section=(1, 0, 0),
+    layer_types=("linear_attention", "full_attention"),
+    tie_word_embeddings=True,
+    max_position_embeddings=64,
+)
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
 TURNS = [{"role": "user", "content": "ab ba"}, {"role": "assistant", "content": "bab"}]
 TOKENIZER = {
-    "added_tokens": [{"id": 9, "content": "<|im_end|>", "special": True},
-                     {"id": 10, "content": "<think>", "special": False}],
+    "added_tokens": [
+        {"id": 9, "content": "<|im_end|>", "special": True},
+        {"id": 10, "content": "<think>", "special": False},
+    ],
     "pre_tokenizer": {"type": "Split", "pattern": {"Regex": tokenizers.PRE_TOKENIZERS["qwen35"]}},
-    "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(["a", "b", "Ġ", "ab", "Ġab", "ba", "Ċ", ":", "u"])},
-              "merges": [["a", "b"], ["Ġ", "ab"], "b a"]}}
-TOKENIZER_CONFIG = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<think>", "bos_token": None,
-                    "chat_template": [{"name": "default", "template": TEMPLATE}]}
+    "model": {
+        "type": "BPE",
+        "vocab": {t: i for i, t in enumerate(["a", "b", "Ġ", "ab", "Ġab", "ba", "Ċ", ":", "u"])},
+        "merges": [["a", "b"], ["Ġ", "ab"], "b a"],
+    },
+}
+TOKENIZER_CONFIG = {
+    "eos_token": {"content": "<|im_end|>"},
+    "pad_token": "<think>",
+    "bos_token": None,
+    "chat_template": [{"name": "default", "template": TEMPLATE}],
+}
 
 
 class Target(NamedTuple):
     """One kind of file."""
-    seeds: Callable         # directory with good files of all kinds -> list of bytes
-    readers: Callable       # (directory for one run, bytes) -> list of functions without arguments
+
+    seeds: Callable  # directory with good files of all kinds -> list of bytes
+    readers: Callable  # (directory for one run, bytes) -> list of functions without arguments
 
 
 def read(target, directory, raw):
@@ -76,8 +103,12 @@ def read(target, directory, raw):
 def good_tensors():
     """GGUF name -> array of the small model."""
     rng = np.random.default_rng(0)
-    return {name: -np.ones(spec.shape, np.float32) if name.endswith("ssm_a") else
-            rng.standard_normal(spec.shape).astype(np.float32) for name, spec in expected_tensors(CONFIG).items()}
+    return {
+        name: -np.ones(spec.shape, np.float32)
+        if name.endswith("ssm_a")
+        else rng.standard_normal(spec.shape).astype(np.float32)
+        for name, spec in expected_tensors(CONFIG).items()
+    }
 
 
 def make_good_files(directory):
@@ -87,23 +118,34 @@ def make_good_files(directory):
     metadata = CONFIG.to_gguf_metadata() | tokenizer_metadata(TOKENIZER, TEMPLATE, CONFIG.vocab_size)
     write_gguf(directory / "model.gguf", metadata, good_tensors())
     kinds = [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_K, Type.Q6_K, Type.MXFP4]
-    write_gguf(directory / "quantised.gguf", {"flags": [True, False], "i64": np.int64(-3), "words": ["a", ""]},
-               {kind.name: (quantize(rng.standard_normal((1, 256)), kind), kind, (1, 256)) for kind in kinds})
-    factors = {f"{name}.lora_{factor}": rng.standard_normal(shape).astype(np.float32)
-               for name, spec in linear_tensors(CONFIG).items()
-               for factor, shape in (("a", (2, spec.shape[1])), ("b", (spec.shape[0], 2)))}
+    write_gguf(
+        directory / "quantised.gguf",
+        {"flags": [True, False], "i64": np.int64(-3), "words": ["a", ""]},
+        {kind.name: (quantize(rng.standard_normal((1, 256)), kind), kind, (1, 256)) for kind in kinds},
+    )
+    factors = {
+        f"{name}.lora_{factor}": rng.standard_normal(shape).astype(np.float32)
+        for name, spec in linear_tensors(CONFIG).items()
+        for factor, shape in (("a", (2, spec.shape[1])), ("b", (spec.shape[0], 2)))
+    }
     adapter = Adapter(CONFIG, factors, 3.0, {"task_name": "t", "prompt_prefix": "p", "invocation_tokens": [1, 2]})
     adapter.save_gguf(directory / "adapter.gguf")
     adapter.save_peft(directory / "peft", "f16")
     (directory / "hf").mkdir()
-    write_safetensors(directory / "hf" / "model.safetensors",
-                      {spec.hf_name: np.ones(hf_shape(spec), np.float32) for spec in expected_tensors(CONFIG).values()})
-    for name, value in (("config.json", hf_config(CONFIG, "float32")), ("tokenizer.json", TOKENIZER),
-                        ("tokenizer_config.json", TOKENIZER_CONFIG)):
+    write_safetensors(
+        directory / "hf" / "model.safetensors",
+        {spec.hf_name: np.ones(hf_shape(spec), np.float32) for spec in expected_tensors(CONFIG).values()},
+    )
+    for name, value in (
+        ("config.json", hf_config(CONFIG, "float32")),
+        ("tokenizer.json", TOKENIZER),
+        ("tokenizer_config.json", TOKENIZER_CONFIG),
+    ):
         (directory / "hf" / name).write_text(json.dumps(value))
 
 
 # ---- readers: each uses what it reads, so that faults which show only in use are found too
+
 
 def contents(path):
     file = read_gguf(path)
@@ -161,13 +203,23 @@ def information(path):
 
 
 # a template of the letters in the vocabulary
-ROWS_TEMPLATE = ("{% for m in messages %}{{ 'a' if m.role == 'assistant' else 'b' }}:{{ m.content }}{{ eos_token }}"
-                 "{% endfor %}")
-ROWS = ({"text": "ab ba"}, {"prompt": "ab", "completion": " ab"}, {"instruction": "ba", "input": "a", "output": "b"},
-        {"messages": TURNS, "tools": [{"name": "a"}]},
-        {"messages": [{"role": "system", "content": "a"}, TURNS[0],
-                      TURNS[1] | {"reasoning_content": "a", "tool_calls": []}]},
-        {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "b"}]})
+ROWS_TEMPLATE = (
+    "{% for m in messages %}{{ 'a' if m.role == 'assistant' else 'b' }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+)
+ROWS = (
+    {"text": "ab ba"},
+    {"prompt": "ab", "completion": " ab"},
+    {"instruction": "ba", "input": "a", "output": "b"},
+    {"messages": TURNS, "tools": [{"name": "a"}]},
+    {
+        "messages": [
+            {"role": "system", "content": "a"},
+            TURNS[0],
+            TURNS[1] | {"reasoning_content": "a", "tool_calls": []},
+        ]
+    },
+    {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "b"}]},
+)
 
 
 def rows(path):
@@ -185,6 +237,7 @@ def arrays(path):
 
 # ---- targets
 
+
 def gguf_readers(directory, raw):
     path = directory / "raw.gguf"
     path.write_bytes(raw)
@@ -196,9 +249,14 @@ def safetensors_readers(directory, raw):
     weights = [directory / "hf" / "model.safetensors", directory / "peft" / PEFT_WEIGHTS]
     for path in weights:
         path.write_bytes(raw)
-    return [partial(arrays, weights[0]), partial(model, weights[0].parent), partial(convert_model, weights[0].parent),
-            partial(adapter, weights[1].parent), partial(verify_adapter, weights[1].parent),
-            partial(information, weights[1].parent)]
+    return [
+        partial(arrays, weights[0]),
+        partial(model, weights[0].parent),
+        partial(convert_model, weights[0].parent),
+        partial(adapter, weights[1].parent),
+        partial(verify_adapter, weights[1].parent),
+        partial(information, weights[1].parent),
+    ]
 
 
 def directory_readers(name, readers, directory, raw):
@@ -234,9 +292,11 @@ TARGETS = {
     "adapter_config": in_directory(f"peft/{PEFT_CONFIG}", adapter, verify_adapter, information),
     "tokenizer": in_directory("hf/tokenizer.json", tokenize, convert_model),
     "tokenizer_config": in_directory("hf/tokenizer_config.json", tokenize, convert_model),
-    "template": Target(lambda good: [TEMPLATE.encode(), b"{% macro f(x) %}{{ x }}{% endmacro %}{{ f(tools) }}"],
-                       template_readers),
-    "rows": Target(lambda good: [json.dumps(row).encode() for row in ROWS],
-                   partial(directory_readers, "rows.jsonl", [lambda directory: rows(directory / "rows.jsonl")])),
+    "template": Target(
+        lambda good: [TEMPLATE.encode(), b"{% macro f(x) %}{{ x }}{% endmacro %}{{ f(tools) }}"], template_readers
+    ),
+    "rows": Target(
+        lambda good: [json.dumps(row).encode() for row in ROWS],
+        partial(directory_readers, "rows.jsonl", [lambda directory: rows(directory / "rows.jsonl")]),
+    ),
 }
-

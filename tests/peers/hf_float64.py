@@ -4,6 +4,7 @@
 and the loss. Here the installed source of transformers is loaded once more with each of these casts made float64, and
 without the decorator that would put FLA's or causal_conv1d's kernels in the place of its torch functions.
 """
+
 import importlib.util
 import re
 import sys
@@ -20,7 +21,7 @@ def _in_float64(name):
     assert casts, f"{name} holds no cast to float32: transformers has changed, so must this module"
     module = types.ModuleType(name + "_float64")
     module.__file__, module.__package__ = spec.origin, spec.parent
-    sys.modules[module.__name__] = module           # transformers looks its classes up there
+    sys.modules[module.__name__] = module  # transformers looks its classes up there
     exec(compile(source, spec.origin, "exec"), module.__dict__)
     return module
 

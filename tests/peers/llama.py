@@ -1,4 +1,5 @@
 """The real llama.cpp (xllamacpp, in this process): log-probabilities of a GGUF file, adapters attached at run time."""
+
 import json
 
 import numpy as np
@@ -27,10 +28,18 @@ class Llama:
         Those reported are of the logits before that.
         """
         assert len(scales) == self.adapters
-        out = self.server.handle_completions({
-            "prompt": [int(t) for t in tokens], "n_predict": 1, "temperature": -1.0, "n_probs": self.vocabulary,
-            "logit_bias": [[self.letter, 1000.0]], "cache_prompt": False, "post_sampling_probs": False,
-            "lora": [{"id": i, "scale": scale} for i, scale in enumerate(scales)]})
+        out = self.server.handle_completions(
+            {
+                "prompt": [int(t) for t in tokens],
+                "n_predict": 1,
+                "temperature": -1.0,
+                "n_probs": self.vocabulary,
+                "logit_bias": [[self.letter, 1000.0]],
+                "cache_prompt": False,
+                "post_sampling_probs": False,
+                "lora": [{"id": i, "scale": scale} for i, scale in enumerate(scales)],
+            }
+        )
         out = json.loads(out) if isinstance(out, str) else out
         row = np.full(self.vocabulary, np.nan)
         for entry in out["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:

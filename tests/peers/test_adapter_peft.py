@@ -1,4 +1,5 @@
 """The real PEFT on the real HF model: it reads what we save, and computes what we compute."""
+
 import numpy as np
 import pytest
 import torch
@@ -44,9 +45,15 @@ def relative(a, b):
 
 def lora_weights(peft_model):
     """What PEFT itself holds: HF path -> (A, B, scaling)."""
-    return {path.removeprefix("base_model.model."): (
-        module.lora_A["default"].weight.detach().numpy(), module.lora_B["default"].weight.detach().numpy(),
-        module.scaling["default"]) for path, module in peft_model.named_modules() if getattr(module, "lora_A", None)}
+    return {
+        path.removeprefix("base_model.model."): (
+            module.lora_A["default"].weight.detach().numpy(),
+            module.lora_B["default"].weight.detach().numpy(),
+            module.scaling["default"],
+        )
+        for path, module in peft_model.named_modules()
+        if getattr(module, "lora_A", None)
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -55,7 +62,7 @@ def test_peft_loads_what_we_save_and_gives_our_logits(name, targets, tmp_path):
     wide, narrow = our_models(name)
     adapter = dr.new_adapter(narrow, rank=3, alpha=5, targets=targets, seed=4)
     random_factors(adapter, 8)
-    if targets:     # a second rank, which PEFT reads from rank_pattern
+    if targets:  # a second rank, which PEFT reads from rank_pattern
         name_a, name_b = "blk.1.ffn_up.weight.lora_a", "blk.1.ffn_up.weight.lora_b"
         adapter.tensors[name_a], adapter.tensors[name_b] = adapter.tensors[name_a][:2], adapter.tensors[name_b][:, :2]
     adapter.save_peft(tmp_path / "peft")
@@ -74,17 +81,20 @@ def test_peft_loads_what_we_save_and_gives_our_logits(name, targets, tmp_path):
         np.testing.assert_array_equal(b, grouped[f"{target}.lora_b"])
         assert scaling == adapter.scale(target)
 
-    assert relative(plain, theirs) > 1e-2                # the adapter does something
+    assert relative(plain, theirs) > 1e-2  # the adapter does something
     for model in (wide, narrow):
         model.attach(adapter)
     assert_our_logits(theirs, wide, narrow)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("options", [
-    {"use_rslora": True},
-    {"rank_pattern": {"q_proj": 2, r"layers\.1\.linear_attn\.out_proj": 6}, "alpha_pattern": {"mlp.down_proj": 11}},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2, r"layers\.1\.linear_attn\.out_proj": 6}, "alpha_pattern": {"mlp.down_proj": 11}},
+    ],
+)
 def test_we_load_what_peft_saves_and_give_its_logits(name, options, tmp_path):
     hf = hf_model(name)
     torch.manual_seed(3)
@@ -112,9 +122,22 @@ def test_our_defaults_are_those_of_hf():
     """A config.json that says nothing means the same to HF and to us."""
     theirs = AutoConfig.for_model("qwen3_5_text")
     ours = Config.from_hf({"model_type": "qwen3_5_text"})
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "linear_num_key_heads", "linear_num_value_heads",
-                "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "rms_norm_eps",
-                "max_position_embeddings", "tie_word_embeddings"):
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+        "linear_conv_kernel_dim",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    ):
         assert getattr(ours, key) == getattr(theirs, key), key
     assert list(ours.layer_types) == theirs.layer_types

@@ -1,4 +1,5 @@
-"""Converted and merged models in HF, PEFT and llama.cpp, and our quantisers beside ggml's own on fresh values."""
+"""Converted and merged models in HF, PEFT and llama.cpp, and our quantisers against ggml on fresh values."""
+
 import ctypes
 import json
 
@@ -55,7 +56,7 @@ def test_hf_loads_the_directory_that_we_write_and_gives_our_logits(model, tmp_pa
     with torch.no_grad():
         theirs = hf(torch.tensor([TOKENS])).logits.numpy()
     wide = dr.load_model(FIXTURES / model / f"{model}-f32.gguf", dtype="float64").logits(np.array([TOKENS]))
-    assert relative(theirs, wide) < 3 * FLOAT32          # HF in float32 was seen up to 1.1e-6 from float64
+    assert relative(theirs, wide) < 3 * FLOAT32  # HF in float32 was seen up to 1.1e-6 from float64
     tokenizers = [AutoTokenizer.from_pretrained(path) for path in (tmp_path / "hf", FIXTURES / model / "hf")]
     for text in ("A ship, 42 times.", "<|im_start|>user\nwhat?<|im_end|>", "caf\u00e9 <think>x</think>"):
         one, two = (t(text)["input_ids"] for t in tokenizers)
@@ -65,20 +66,38 @@ def test_hf_loads_the_directory_that_we_write_and_gives_our_logits(model, tmp_pa
     assert one == two and tokenizers[0].eos_token == "<|im_end|>"
 
 
-OPTIONS = [dict(r=3, lora_alpha=6),
-           dict(r=4, lora_alpha=7, use_rslora=True, alpha_pattern={"mlp.down_proj": 11},
-                rank_pattern={"q_proj": 2, r"layers\.1\..*up_proj": 5})]
+OPTIONS = [
+    dict(r=3, lora_alpha=6),
+    dict(
+        r=4,
+        lora_alpha=7,
+        use_rslora=True,
+        alpha_pattern={"mlp.down_proj": 11},
+        rank_pattern={"q_proj": 2, r"layers\.1\..*up_proj": 5},
+    ),
+]
 
 
 @pytest.mark.parametrize("H_k, H_v, tied", [(3, 9, True), (2, 6, False), (5, 5, False), (1, 4, True)])
 def test_other_shapes_and_adapters_of_peft_are_the_same_in_hf_here_and_in_llama_cpp(H_k, H_v, tied, tmp_path):
     """HF directory and PEFT adapters converted; both adapters live, switched in one llama.cpp, and merged."""
-    shape = dict(vocab_size=480, hidden_size=96, intermediate_size=160, num_attention_heads=3, num_key_value_heads=1,
-                 head_dim=32, linear_num_key_heads=H_k, linear_num_value_heads=H_v, linear_key_head_dim=16,
-                 linear_value_head_dim=16, linear_conv_kernel_dim=4, rms_norm_eps=1e-6, tie_word_embeddings=tied,
-                 layer_types=[DELTA, ATTENTION, DELTA, DELTA],
-                 rope_parameters=dict(rope_type="default", rope_theta=1e5, partial_rotary_factor=0.25,
-                                      mrope_section=[2, 1, 1]))
+    shape = dict(
+        vocab_size=480,
+        hidden_size=96,
+        intermediate_size=160,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=32,
+        linear_num_key_heads=H_k,
+        linear_num_value_heads=H_v,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        linear_conv_kernel_dim=4,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+        layer_types=[DELTA, ATTENTION, DELTA, DELTA],
+        rope_parameters=dict(rope_type="default", rope_theta=1e5, partial_rotary_factor=0.25, mrope_section=[2, 1, 1]),
+    )
     random_model(shape, seed=H_v).save_pretrained(tmp_path / "hf")
     AutoTokenizer.from_pretrained(FIXTURES / "eq" / "hf").save_pretrained(tmp_path / "hf")
     assert main(["convert", str(tmp_path / "hf"), "-o", str(tmp_path / "base.gguf")]) == 0
@@ -93,8 +112,19 @@ def test_other_shapes_and_adapters_of_peft_are_the_same_in_hf_here_and_in_llama_
                     module.lora_B["default"].weight.normal_(std=0.1, generator=generator)
             theirs = log_softmax(peft(torch.tensor([TOKENS])).logits.numpy()[0])[-1]
         peft.save_pretrained(tmp_path / f"peft{i}")
-        assert main(["convert", str(tmp_path / f"peft{i}"), "-o", str(tmp_path / f"{i}.gguf"), "--base",
-                     str(tmp_path / "base.gguf")]) == 0
+        assert (
+            main(
+                [
+                    "convert",
+                    str(tmp_path / f"peft{i}"),
+                    "-o",
+                    str(tmp_path / f"{i}.gguf"),
+                    "--base",
+                    str(tmp_path / "base.gguf"),
+                ]
+            )
+            == 0
+        )
         merge(tmp_path / "base.gguf", [(tmp_path / f"peft{i}", 1.0)], tmp_path / f"merged{i}.gguf")
         live = dr.load_model(tmp_path / "base.gguf", dtype="float64")
         live.attach(dr.load_adapter(tmp_path / f"{i}.gguf", live))
@@ -108,8 +138,16 @@ def test_other_shapes_and_adapters_of_peft_are_the_same_in_hf_here_and_in_llama_
 
 
 # llama.cpp rounds activations too: relative distances of log-probabilities measured on this prompt, three times each
-ROUNDING = {"f32": FLOAT32, "f16": 2e-3, "q8_0": 2.5e-2, "q6_k": 2.5e-2, "q5_k": 3e-2, "q4_k_m": 3e-2, "q4_k": 3e-2,
-            "q4_0": 3e-2}
+ROUNDING = {
+    "f32": FLOAT32,
+    "f16": 2e-3,
+    "q8_0": 2.5e-2,
+    "q6_k": 2.5e-2,
+    "q5_k": 3e-2,
+    "q4_k_m": 3e-2,
+    "q4_k": 3e-2,
+    "q4_0": 3e-2,
+}
 
 
 @pytest.mark.parametrize("choice", ROUNDING)
@@ -124,8 +162,13 @@ def ggml(x, kind):
     """ggml's own blocks, by the function that llama-quantize calls, without an importance matrix."""
     library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3,
-                                            ctypes.c_void_p]
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
     block, size = gguf.GGML_QUANT_SIZES[kind]
     out = np.zeros(x.size // block * size, np.uint8)
     library.ggml_quantize_chunk(int(kind), x.ctypes.data, out.ctypes.data, 0, *x.shape, None)
@@ -136,11 +179,17 @@ def ggml(x, kind):
 @pytest.mark.parametrize("draw", ["normal", "heavy tails", "one sign", "small"])
 def test_our_blocks_are_as_close_as_ggmls(kind, draw):
     rng = np.random.default_rng(5)
-    x = {"normal": lambda s: rng.standard_normal(s), "heavy tails": lambda s: rng.standard_t(4, s),
-         "one sign": lambda s: rng.random(s) + 0.5, "small": lambda s: 1e-3 * rng.standard_normal(s)}[draw]((24, 1024))
+    x = {
+        "normal": lambda s: rng.standard_normal(s),
+        "heavy tails": lambda s: rng.standard_t(4, s),
+        "one sign": lambda s: rng.random(s) + 0.5,
+        "small": lambda s: 1e-3 * rng.standard_normal(s),
+    }[draw]((24, 1024))
     x = np.ascontiguousarray(x, np.float32)
-    error = {name: np.sqrt(np.mean((gguf.quants.dequantize(raw.reshape(len(x), -1), kind) - x) ** 2))
-             for name, raw in (("ours", quantize(x, kind)), ("ggml", ggml(x, kind)))}
+    error = {
+        name: np.sqrt(np.mean((gguf.quants.dequantize(raw.reshape(len(x), -1), kind) - x) ** 2))
+        for name, raw in (("ours", quantize(x, kind)), ("ggml", ggml(x, kind)))
+    }
     assert error["ours"] <= 1.02 * error["ggml"]
     if kind == Type.Q8_0:
         assert np.array_equal(quantize(x, kind), ggml(x, kind))
@@ -170,8 +219,9 @@ def test_verify_lets_llama_cpp_round_on_a_quantised_base_and_still_sees_another_
         distance = report["distances"]["llama.cpp, base and adapter"]
         assert (report["effect"]["distance"] < distance) == (name == "weak")
     real = llama_cpp.log_probabilities
-    monkeypatch.setattr(llama_cpp, "log_probabilities",
-                        lambda base, adapter, prompts, scales: real(base, adapter, prompts, [0.0, 0.5]))
+    monkeypatch.setattr(
+        llama_cpp, "log_probabilities", lambda base, adapter, prompts, scales: real(base, adapter, prompts, [0.0, 0.5])
+    )
     assert main(["verify", str(base), str(tmp_path / "strong.gguf"), "-p", "a ship"]) == 1
     assert "llama.cpp, base and adapter computes something else" in capfd.readouterr().out
 
@@ -237,7 +287,7 @@ def test_peft_activates_it_one_token_later_than_llama_cpp(prompt, tmp_path):
     peft = PeftModel.from_pretrained(hf, tmp_path / "peft").eval()
     with torch.no_grad():
         theirs = peft(input_ids=torch.tensor([prompt])).logits.numpy()[0, -1]
-    first = start + 1 if prompt[start + 1:start + 3] == [3, 250] else start
+    first = start + 1 if prompt[start + 1 : start + 3] == [3, 250] else start
     assert relative(theirs, in_two_passes(model, adapter, prompt, first)) < 3 * FLOAT32
 
 

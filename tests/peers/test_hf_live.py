@@ -1,4 +1,5 @@
 """Random models made, saved and run by HF itself against our forward and backward on the same files."""
+
 import json
 
 import numpy as np
@@ -14,8 +15,8 @@ from tests.peers import hf_models
 from tests.peers.hf_models import SHAPES
 from tests.tolerances import relative
 
-FLOAT64 = 1e-11         # two float64 computations of different order; measured: logits 5e-15, gradients 5e-14
-FLOAT32 = 4e-6          # our float32 against HF's float64; measured 1.2e-6, HF's own float32 1.7e-6
+FLOAT64 = 1e-11  # two float64 computations of different order; measured: logits 5e-15, gradients 5e-14
+FLOAT32 = 4e-6  # our float32 against HF's float64; measured 1.2e-6, HF's own float32 1.7e-6
 every_shape = pytest.mark.parametrize("name", SHAPES)
 
 
@@ -122,7 +123,7 @@ def test_prefill_and_steps_equal_hf_with_its_cache(name, tmp_path):
         out = hf(torch.tensor(tokens[:, :start]), use_cache=True)
         for t in range(start, 80):
             assert relative(ours, out.logits[:, -1].numpy()) < FLOAT64, t
-            out = hf(torch.tensor(tokens[:, t:t + 1]), past_key_values=out.past_key_values, use_cache=True)
+            out = hf(torch.tensor(tokens[:, t : t + 1]), past_key_values=out.past_key_values, use_cache=True)
             ours, state = model.step(tokens[:, t], state)
     assert relative(ours, out.logits[:, -1].numpy()) < FLOAT64
 
@@ -143,8 +144,11 @@ VISION = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_
 
 def save_multimodal(text, directory):
     """Saves HF's multimodal model with the values of the text model in it, and a block for multi-token prediction."""
-    config = Qwen3_5Config(text_config=text.config.to_dict(), tie_word_embeddings=text.config.tie_word_embeddings,
-                           vision_config=VISION | {"out_hidden_size": text.config.hidden_size})
+    config = Qwen3_5Config(
+        text_config=text.config.to_dict(),
+        tie_word_embeddings=text.config.tie_word_embeddings,
+        vision_config=VISION | {"out_hidden_size": text.config.hidden_size},
+    )
     model = Qwen3_5ForConditionalGeneration(config).float()
     model.model.language_model.load_state_dict(text.model.state_dict())
     model.lm_head.load_state_dict(text.lm_head.state_dict())
@@ -174,6 +178,7 @@ def test_the_text_part_of_hfs_multimodal_checkpoint_gives_the_logits_and_gradien
 
 # ---- the table by which gradients were compared, itself
 
+
 def test_the_table_puts_the_value_heads_where_the_formula_says(tmp_path):
     """Tiled head h reads key head h % H_k, so it is HF's head (h % H_k) (H_v / H_k) + h // H_k.
 
@@ -185,8 +190,9 @@ def test_the_table_puts_the_value_heads_where_the_formula_says(tmp_path):
     model = dr.load_model(tmp_path, dtype="float64")
     _, ours = model.loss_and_grads(tokens, tokens)
     H_k, H_v, d_k, d_v = 2, 6, 8, 13
-    qkv, out, dA_log = (theirs[f"model.layers.1.linear_attn.{name}"]
-                        for name in ("in_proj_qkv.weight", "out_proj.weight", "A_log"))
+    qkv, out, dA_log = (
+        theirs[f"model.layers.1.linear_attn.{name}"] for name in ("in_proj_qkv.weight", "out_proj.weight", "A_log")
+    )
     A_log = hf.model.layers[1].linear_attn.A_log.detach().numpy()
     q_and_k = 2 * H_k * d_k
     assert relative(ours["blk.1.attn_qkv.weight"][:q_and_k], qkv[:q_and_k]) < FLOAT64

@@ -3,6 +3,7 @@
 Compared are its log-probabilities of the next token, over the whole vocabulary, with those of our float64 forward on
 the same file.
 """
+
 import json
 from functools import partial
 from pathlib import Path
@@ -22,15 +23,25 @@ from tests.tolerances import relative
 # badly conditioned prompt is off by more now and then, in our float32 too: the norms are of several prompts together.
 FLOAT32 = 1.5e-6
 LENGTHS, PROMPTS = (1, 7, 65, 200), 5
-EFFECT = 1e-2           # what an adapter changes at least; measured: 0.3
+EFFECT = 1e-2  # what an adapter changes at least; measured: 0.3
 FIXTURE_FILES = {name: FIXTURES / name / f"{name}-f32.gguf" for name in ("eq", "grouped")}
 
 # Three value heads to a key head, layers that no interval describes, sizes of its own; llama.cpp wants d_k = d_v.
 IRREGULAR = dict(
-    vocab_size=480, hidden_size=56, intermediate_size=88, num_attention_heads=3, num_key_value_heads=1, head_dim=32,
-    linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=16, linear_value_head_dim=16,
-    rms_norm_eps=1e-6, layer_types=[DELTA, ATTENTION, DELTA, DELTA, ATTENTION, ATTENTION, DELTA],
-    rope_parameters=dict(rope_type="default", rope_theta=1e5, partial_rotary_factor=0.25, mrope_section=[2, 1, 1]))
+    vocab_size=480,
+    hidden_size=56,
+    intermediate_size=88,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    head_dim=32,
+    linear_num_key_heads=2,
+    linear_num_value_heads=6,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    rms_norm_eps=1e-6,
+    layer_types=[DELTA, ATTENTION, DELTA, DELTA, ATTENTION, ATTENTION, DELTA],
+    rope_parameters=dict(rope_type="default", rope_theta=1e5, partial_rotary_factor=0.25, mrope_section=[2, 1, 1]),
+)
 
 
 def prompts(model, seed=0):
@@ -100,8 +111,11 @@ def test_an_adapter_that_we_write_acts_in_llama_cpp_as_here_at_any_scale(file, t
 def test_several_adapters_at_once_act_in_llama_cpp_as_here(file, tmp_path):
     """Of different rank, alpha and targets; one of them is subtracted, one is left out."""
     model = dr.load_model(file, dtype="float64")
-    options = [dict(rank=4, alpha=8), dict(rank=2, alpha=3, targets="attn_qkv,ssm_out,attn_q"),
-               dict(rank=5, alpha=1, targets="ssm_alpha,ssm_beta,ffn_down")]
+    options = [
+        dict(rank=4, alpha=8),
+        dict(rank=2, alpha=3, targets="attn_qkv,ssm_out,attn_q"),
+        dict(rank=5, alpha=1, targets="ssm_alpha,ssm_beta,ffn_down"),
+    ]
     paths = [tmp_path / f"{i}.gguf" for i in range(3)]
     adapters = [random_adapter(model, path, seed=i, **o) for i, (path, o) in enumerate(zip(paths, options))]
     llama, base = Llama(file, paths), [ours(model, tokens) for tokens in prompts(model)]

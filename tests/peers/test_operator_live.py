@@ -1,4 +1,5 @@
 """Each operator against torch in float64: a recurrence or a formula written here under autograd, HF's own functions."""
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.peers.hf_models import SHAPES, text_config
 from tests.tolerances import relative
 
 hf = hf_float64.modeling
-FLOAT64 = 1e-12                 # two float64 computations of different order; measured: 1e-14
+FLOAT64 = 1e-12  # two float64 computations of different order; measured: 1e-14
 
 
 def torch_leaves(*arrays):
@@ -36,7 +37,7 @@ def assert_all_close(ours, theirs, what=()):
 # ---- the gated delta rule
 
 SCALE = 0.37
-DELTA_CASES = {     # B, L, H_k, H_v, d_k, d_v, chunk size, (smallest, largest) g
+DELTA_CASES = {  # B, L, H_k, H_v, d_k, d_v, chunk size, (smallest, largest) g
     "one token": (2, 1, 3, 6, 5, 4, 64, (-1, 0)),
     "shorter than a chunk": (3, 13, 2, 4, 7, 9, 16, (-1, 0)),
     "exactly two chunks": (1, 14, 1, 3, 5, 4, 7, (-0.3, 0)),
@@ -110,8 +111,8 @@ def test_packed_sequences_equal_autograd_through_each_alone(form):
     leaves = torch_leaves(q, k, v, g, beta, S0)
     o, S_end = [], []
     for n, (a, b) in enumerate(zip(cu, cu[1:])):
-        pieces, S = [x[:, a:b] for x in leaves[:5]], leaves[5][n:n + 1]
-        if a < b:                                           # an empty sequence passes its state on
+        pieces, S = [x[:, a:b] for x in leaves[:5]], leaves[5][n : n + 1]
+        if a < b:  # an empty sequence passes its state on
             one, S = torch_recurrence(*pieces, S, SCALE, "grouped")
             o.append(one)
         S_end.append(S)
@@ -137,8 +138,15 @@ def test_both_forms_equal_hfs_functions(form, case, hf_form, normalise):
     function = getattr(hf, f"torch_{hf_form}_gated_delta_rule")
     options = {"chunk_size": x.chunk_size} if hf_form == "chunk" else {}
     leaves = torch_leaves(q, k, x.v, x.g, x.beta, x.S0)
-    outputs = function(*leaves[:3], g=leaves[3], beta=leaves[4], initial_state=leaves[5], output_final_state=True,
-                       use_qk_l2norm_in_kernel=normalise, **options)
+    outputs = function(
+        *leaves[:3],
+        g=leaves[3],
+        beta=leaves[4],
+        initial_state=leaves[5],
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=normalise,
+        **options,
+    )
     theirs = backpropagate(outputs, (x.do, x.dS_end), leaves)
     if normalise:
         (q, q_cache), (k, k_cache) = ops.l2_norm_forward(q), ops.l2_norm_forward(k)
@@ -152,8 +160,11 @@ def test_both_forms_equal_hfs_functions(form, case, hf_form, normalise):
 
 # ---- convolution
 
-@pytest.mark.parametrize("B, L, channels, K, cu_seqlens", [
-    (3, 1, 5, 4, None), (2, 2, 7, 4, None), (2, 19, 6, 3, None), (1, 23, 5, 4, [0, 1, 3, 11, 23])])
+
+@pytest.mark.parametrize(
+    "B, L, channels, K, cu_seqlens",
+    [(3, 1, 5, 4, None), (2, 2, 7, 4, None), (2, 19, 6, 3, None), (1, 23, 5, 4, [0, 1, 3, 11, 23])],
+)
 def test_causal_convolution_equals_conv1d_on_each_sequence_after_its_state(B, L, channels, K, cu_seqlens):
     rng = np.random.default_rng(L)
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
@@ -165,7 +176,7 @@ def test_causal_convolution_equals_conv1d_on_each_sequence_after_its_state(B, L,
     padded = [torch.cat([before, piece]) for before, piece in zip(tstate, pieces, strict=True)]
     y = [F.silu(F.conv1d(p.T[None], tw[:, None], groups=channels))[0].T for p in padded]
     y = torch.stack(y) if cu_seqlens is None else torch.cat(y)[None]
-    state_end = torch.stack([p[len(p) - (K - 1):] for p in padded])
+    state_end = torch.stack([p[len(p) - (K - 1) :] for p in padded])
     theirs = backpropagate((y, state_end), (dy, dstate_end), leaves)
     cu = None if cu_seqlens is None else np.array(cu_seqlens)
     ours, end, cache = ops.causal_conv1d_forward(x, w, state=state, cu_seqlens=cu)
@@ -184,6 +195,7 @@ def test_causal_convolution_equals_hfs():
 
 
 # ---- norms
+
 
 def with_weight(module, w):
     with torch.no_grad():
@@ -206,8 +218,9 @@ def test_gated_rms_norm_equals_hfs():
     norm, (tx, tz) = with_weight(hf.Qwen3_5RMSNormGated(6, eps=1e-2), w), torch_leaves(x, 3 * z)
     y = norm(tx, tz)
     ours, cache = ops.gated_rms_norm_forward(x, 3 * z, w, 1e-2)
-    assert_all_close([ours, *ops.gated_rms_norm_backward(dy, cache)],
-                     [y, *backpropagate([y], [dy], [tx, tz, norm.weight])])
+    assert_all_close(
+        [ours, *ops.gated_rms_norm_backward(dy, cache)], [y, *backpropagate([y], [dy], [tx, tz, norm.weight])]
+    )
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-3])
@@ -221,8 +234,10 @@ def test_l2_norm_equals_hfs_also_where_eps_counts(size):
 
 # ---- attention
 
-@pytest.mark.parametrize("head_dim, factor, sections",
-                         [(28, 0.5, [3, 2, 2]), (64, 0.5, [6, 5, 5]), (40, 0.25, [2, 1, 2])])
+
+@pytest.mark.parametrize(
+    "head_dim, factor, sections", [(28, 0.5, [3, 2, 2]), (64, 0.5, [6, 5, 5]), (40, 0.25, [2, 1, 2])]
+)
 def test_rotary_positions_with_interleaved_sections_equal_hfs(head_dim, factor, sections):
     """Time, height and width of each token differ, as in an image."""
     rope = dict(rope_type="default", rope_theta=5e3, partial_rotary_factor=factor, mrope_section=sections)
@@ -259,6 +274,7 @@ def test_grouped_query_attention_equals_torchs_after_any_past(past):
 
 # ---- gates and the loss
 
+
 def test_decay_gate_equals_autograd():
     """a reaches far into both tails of softplus."""
     rng = np.random.default_rng(8)
@@ -279,5 +295,6 @@ def test_cross_entropy_with_ignored_labels_equals_torchs():
     leaves = torch_leaves(logits)
     loss = F.cross_entropy(leaves[0], torch.tensor(labels))
     ours, cache = ops.cross_entropy_forward(logits, labels)
-    assert_all_close([np.float64(ours), ops.cross_entropy_backward(1.7, cache)],
-                     [loss, *backpropagate([loss], [1.7], leaves)])
+    assert_all_close(
+        [np.float64(ours), ops.cross_entropy_backward(1.7, cache)], [loss, *backpropagate([loss], [1.7], leaves)]
+    )

@@ -1,4 +1,5 @@
-"""The oracle beside torch and HF: their functions raise no alarm, their autograd agrees with our gradients."""
+"""The oracle and its peers torch and HF: their functions raise no alarm, their autograd agrees with our gradients."""
+
 import json
 from pathlib import Path
 
@@ -26,25 +27,57 @@ def check(capsys, *words):
 @pytest.mark.parametrize("function", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_hf_functions_raise_no_alarm(capsys, function, dtype):
-    status, report = check(capsys, f"{HF}:{function}", "--layout", "hf", "--backward", "autograd", "--dtype", dtype,
-                           "--timeout", 120, "--cases", "delta/[!l]*")
-    assert status == 0, [(case["id"], case["status"], case["first_bad"], case["message"]) for case in report["cases"]
-                         if case["status"] not in ("ok", "SKIP")]
+    status, report = check(
+        capsys,
+        f"{HF}:{function}",
+        "--layout",
+        "hf",
+        "--backward",
+        "autograd",
+        "--dtype",
+        dtype,
+        "--timeout",
+        120,
+        "--cases",
+        "delta/[!l]*",
+    )
+    assert status == 0, [
+        (case["id"], case["status"], case["first_bad"], case["message"])
+        for case in report["cases"]
+        if case["status"] not in ("ok", "SKIP")
+    ]
     assert {case["id"] for case in report["cases"] if case["status"] == "SKIP"} == {
-        "delta/hand", "delta/scale-one", "delta/scale-other", "delta/everything"}
+        "delta/hand",
+        "delta/scale-one",
+        "delta/scale-other",
+        "delta/everything",
+    }
     assert function in report["summary"]["provenance"] and "torch" in report["summary"]["provenance"]
 
 
 def test_hf_functions_pass_a_long_case_forward(capsys):
-    status, report = check(capsys, f"{HF}:torch_chunk_gated_delta_rule", "--layout", "hf", "--cases", "delta/long*",
-                           "--timeout", 120)
+    status, report = check(
+        capsys, f"{HF}:torch_chunk_gated_delta_rule", "--layout", "hf", "--cases", "delta/long*", "--timeout", 120
+    )
     assert status == 0 and report["summary"]["passed"] == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_torch_example_passes(capsys, dtype):
-    status, report = check(capsys, f"{EXAMPLE}:delta_rule", "--layout", "fla", "--backward", "autograd",
-                           "--dtype", dtype, "--timeout", 120, "--cases", "delta/[!lr]*")
+    status, report = check(
+        capsys,
+        f"{EXAMPLE}:delta_rule",
+        "--layout",
+        "fla",
+        "--backward",
+        "autograd",
+        "--dtype",
+        dtype,
+        "--timeout",
+        120,
+        "--cases",
+        "delta/[!lr]*",
+    )
     assert status == 0 and report["summary"]["failed"] == 0 and report["summary"]["passed"] > 25
 
 
@@ -71,9 +104,9 @@ def conv(x, w, *, state, cu_seqlens=None):
     starts = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     y, ends = [], []
     for n, (a, b) in enumerate(zip(starts, starts[1:])):
-        padded = torch.cat([state if cu_seqlens is None else state[n:n + 1], x[:, a:b]], 1)
+        padded = torch.cat([state if cu_seqlens is None else state[n : n + 1], x[:, a:b]], 1)
         y.append(F.silu(F.conv1d(padded.mT, w[:, None], groups=len(w))).mT)
-        ends.append(padded[:, padded.shape[1] - (w.shape[1] - 1):])
+        ends.append(padded[:, padded.shape[1] - (w.shape[1] - 1) :])
     return torch.cat(y, 1), torch.cat(ends)
 
 
@@ -106,13 +139,19 @@ def test_the_other_operators_equal_torch_in_float64_gradients_too(op):
 
 def test_a_detached_state_is_found_through_autograd():
     """The commonest torch mistake: S0 without a gradient, and a final state without one."""
+
     def detached(q, k, v, **options):
         return in_float64(q, k, v, **options | {"S0": options["S0"].detach()})
 
     report = judge(detached, "autograd", cases=SHORT, dtype="float64", array="torch")
     assert {result.first_bad["output"] for result in report.failed} == {"dS0"}
-    report = judge(lambda *a, **k: (in_float64(*a, **k)[0], in_float64(*a, **k)[1].detach()), "autograd",
-                   cases=[CASES["delta/final-state-only"], CASES["delta/plain"]], dtype="float64", array="torch")
+    report = judge(
+        lambda *a, **k: (in_float64(*a, **k)[0], in_float64(*a, **k)[1].detach()),
+        "autograd",
+        cases=[CASES["delta/final-state-only"], CASES["delta/plain"]],
+        dtype="float64",
+        array="torch",
+    )
     assert [result.status for result in report.cases] == ["DIFF", "ok"]
 
 

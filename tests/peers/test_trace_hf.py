@@ -1,4 +1,5 @@
 """HF's own model, traced by the hook: tensor for tensor and gradient for gradient what `trace` writes."""
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.paths import FIXTURES
 from tests.peers import hf_models
 from tests.peers.hf_models import SHAPES
 
-TOKENS = np.random.default_rng(2).integers(0, 70, 133)        # two chunks and a part
+TOKENS = np.random.default_rng(2).integers(0, 70, 133)  # two chunks and a part
 
 
 def our_trace(directory, dtype):

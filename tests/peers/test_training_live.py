@@ -1,4 +1,5 @@
 """Two steps of LoRA training against PEFT and torch's AdamW, from the same random A and B."""
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.peers import hf_models
 from tests.tolerances import relative
 
 STEPS, BATCH_SIZE, SEED = 2, 2, 5
-LR, WEIGHT_DECAY, CLIP = 1e-2, 0.1, 0.05         # the clip is below the norm of the gradient: it acts
+LR, WEIGHT_DECAY, CLIP = 1e-2, 0.1, 0.05  # the clip is below the norm of the gradient: it acts
 
 
 def random_adapter(model):
@@ -92,8 +93,18 @@ def test_two_steps_equal_those_of_peft_and_torch(name, dtype, of_all, of_each, t
     batches = [padded(next(order)) for _ in range(STEPS)]
     losses, theirs = trained_by_torch(peft_model(name, tmp_path, dtype), batches, weight_decay=WEIGHT_DECAY, clip=CLIP)
     theirs = under_our_names(theirs, model.config)
-    report = dr.train(model, adapter, list(examples()), steps=STEPS, batch_size=BATCH_SIZE, seed=SEED, lr=LR,
-                      schedule="linear", weight_decay=WEIGHT_DECAY, clip=CLIP)
+    report = dr.train(
+        model,
+        adapter,
+        list(examples()),
+        steps=STEPS,
+        batch_size=BATCH_SIZE,
+        seed=SEED,
+        lr=LR,
+        schedule="linear",
+        weight_decay=WEIGHT_DECAY,
+        clip=CLIP,
+    )
     ours = reorder(adapter.tensors, model.config, to="grouped")
     assert np.allclose(report.losses, losses, rtol=of_all, atol=0)
     assert set(theirs) == set(ours)

@@ -1,9 +1,9 @@
-"""The two BLAS libraries, each kept from using threads of its own: SciPy's for products inside kernels, on strided parts
-of arrays; NumPy's for the large products between them (linear.py).
+"""Two BLAS libraries on one thread each: SciPy's for products inside kernels, on strided parts of arrays; NumPy's for
+the large products between kernels (linear.py).
 
-Inside a kernel the tasks are what the threads share, so SciPy's library runs on one thread, always. NumPy's, which is
-another one in the packages' wheels, is the process's: it is limited to one thread only while this backend multiplies.
-Where both packages share one library, that one is limited always.
+Threads already share the tasks of a kernel, so SciPy's library is limited for good. NumPy's also serves the rest of the
+process, and is limited only while this backend multiplies. Where the two packages share one library (their wheels do
+not), it is limited for good.
 """
 from pathlib import Path
 from threading import Lock
@@ -19,9 +19,8 @@ from threadpoolctl import ThreadpoolController
 from deltanet_ref.backends.numba_cpu.compiler import inlined
 
 
-
 class _OnOneThread:
-    """Context in which libraries compute on one thread. Several threads may be inside; the last one restores."""
+    """Context in which libraries compute on one thread. Several threads may be in it; the last to leave restores."""
 
     def __init__(self, libraries):
         self.libraries, self.lock, self.inside, self.limited = libraries, Lock(), 0, []
@@ -59,7 +58,7 @@ PLAIN, TRANSPOSED, RIGHT, UPPER, UNIT = (ord(letter) for letter in "NTRUU")
 
 @inlined
 def gemm(alpha, A, B, beta, C):
-    """C <- alpha A B + beta C. A (m, k), B (k, n), either with contiguous rows or columns; C (m, n) with contiguous rows.
+    """C <- alpha A B + beta C. A (m, k), B (k, n), each with contiguous rows or columns; C (m, n) with contiguous rows.
 
     Fortran sees every array transposed, so the call computes C^T = B^T A^T.
     """

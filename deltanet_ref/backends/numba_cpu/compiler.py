@@ -16,7 +16,8 @@ FLOATS = {"f": types.float32, "d": types.float64}
 
 # Numba compiles a stored kernel again when the kernel's own file has changed. The functions that kernels share are in
 # other files, so a checksum of all files is part of each kernel's name.
-SHARED_SOURCE = "_%08x" % zlib.crc32(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+SOURCES = sorted(Path(__file__).parent.glob("*.py"))
+SHARED_SOURCE = f"_{zlib.crc32(b''.join(file.read_bytes() for file in SOURCES)):08x}"
 
 
 class _Notice(event.Listener):
@@ -28,8 +29,8 @@ class _Notice(event.Listener):
 
     def on_start(self, event):
         if self.dtype not in self.announced and sys.stderr.isatty():
-            print(f"Compiling {self.dtype} kernels for this processor (once; 20 to 60 seconds in all) ...",
-                  file=sys.stderr, flush=True)
+            print(f"Compiling the {self.dtype} kernels for this processor, once: 20 to 60 seconds ...", file=sys.stderr,
+                  flush=True)
         self.announced.add(self.dtype)
 
     def on_end(self, event):

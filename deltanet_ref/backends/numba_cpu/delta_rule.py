@@ -1,14 +1,14 @@
-"""The gated delta rule on the CPU: a task is a sequence and a key head; it walks the chunks with the state in hand.
+"""The gated delta rule on the CPU: a task is a sequence and a key head, and carries the state from chunk to chunk.
 
-Mathematics: docs/derivations/chunked-wy.md, section "Without U and W". The triangular system is solved for the
-right-hand side that is there, so T, U and W are never formed; P, A and all decays are computed again in backward. The
-value heads of a key head share Q K^T and K K^T.
+Mathematics: docs/derivations/chunked-wy.md, section "Without U and W". The triangular system is solved for its
+right-hand side directly, so T, U and W are never formed; backward recomputes P, A and all decays. Value heads with the
+same key head share Q K^T and K K^T.
 
-Of two products with the same right factor one is made: their left factors lie in one array, Q above K, dO above X. What
-is added to several times is gathered in an array of its own: rows of the arguments are powers of two apart, and compete
-for the same places of the cache. The result does not depend on where a sequence is cut, but the work does: the forward
-takes PART tokens at a time, for which the triangles are half as large, and keeps the state of every chunk_size; the
-backward takes chunk_size tokens.
+Two products that share their right factor are computed as one, with the left factors stacked in one array: Q above K,
+dO above X. Results that are added to several times are accumulated in a small array of their own: rows of the arguments
+are a power of two apart and evict one another from the cache. The result does not depend on where a sequence is cut,
+but the cost does: forward takes PART tokens at a time, which halves the triangles, and keeps the state every chunk_size
+tokens; backward takes chunk_size tokens at a time.
 """
 import math
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from deltanet_ref.backends.numba_cpu.elementary import exp
 from deltanet_ref.ops.gated_delta_rule.arguments import Arguments, arguments, incoming_gradients
 from deltanet_ref.ops.gated_delta_rule.chunk import chunk_counts
 
-PART = 32                     # tokens; measured against 64: 15 % less time in products (d 128)
+PART = 32                     # tokens; compared with 64, products take 15 % less time (d 128)
 
 
 class DeltaRuleCache(NamedTuple):
@@ -69,18 +69,19 @@ def gated_delta_rule_step(q, k, v, *, g, beta, S, scale=None, head_order="groupe
 
 
 def _tasks(args):
-    """Sequences times key heads; tasks side by side are different sequences, since lengths differ and heads do not."""
+    """Sequences times key heads. Consecutive tasks belong to different sequences, which balances the load: lengths
+    vary, heads do not."""
     return (len(args.cu_seqlens) - 1) * args.k.shape[1]
 
 
 def first_chunks(cu_seqlens, C):
-    """Number of the first chunk of each sequence, and of all chunks: (N_seq + 1,)."""
+    """Index of the first chunk of each sequence, and the number of all chunks: (N_seq + 1,)."""
     return np.concatenate([[0], np.cumsum(chunk_counts(cu_seqlens, C))])
 
 
 @kernel("r3 r3 r3 r2 r2 f i1 i1 i1 i w3 w3 w4 w4")
 def _forward(first, last, q, k, v, g, beta, scale, cu_seqlens, chunks, key_head, C, o, V_new, S_enter, S_end):
-    """Sequence n, key head h_k and its value heads. S_end holds the state, at first S0."""
+    """Each task: sequence n, key head h_k and its value heads. S_end holds the current state, S0 at first."""
     d_k, d_v, most = k.shape[2], v.shape[2], min(C, PART)
     QK, QK_K = np.empty((2 * most, d_k), q.dtype), np.empty((2 * most, most), q.dtype)
     QK_S, K_tail = np.empty((2 * most, d_v), q.dtype), np.empty((most, d_k), q.dtype)
@@ -126,7 +127,8 @@ def _forward(first, last, q, k, v, g, beta, scale, cu_seqlens, chunks, key_head,
 @kernel("r3 r3 r3 r3 r2 r2 f i1 i1 i1 i r3 r4 w3 w3 w3 w2 w2 w4")
 def _backward(first, last, do, q, k, v, g, beta, scale, cu_seqlens, chunks, key_head, C, V_new, S_enter,
               dq, dk, dv, dg, dbeta, dS0):
-    """Sequence n, key head h_k and its value heads. dS0 holds the gradient of the state, at first dS_end."""
+    """Each task: sequence n, key head h_k and its value heads. dS0 holds the gradient of the current state, dS_end at
+    first."""
     d_k, d_v = k.shape[2], v.shape[2]
     QK, QK_decayed = np.empty((2 * C, d_k), q.dtype), np.empty((2 * C, d_k), q.dtype)
     dOX, dOX_S = np.empty((2 * C, d_v), q.dtype), np.empty((2 * C, d_k), q.dtype)
@@ -179,7 +181,7 @@ def _backward(first, last, do, q, k, v, g, beta, scale, cu_seqlens, chunks, key_
                     dO_S_i, X_S_i = row(dOX_S, i), row(dOX_S, c + i)
                     Q_decayed_i, K_decayed_i = row(QK_decayed, i), row(QK_decayed, c + i)
                     into_q, into_k, through_S, through_o = decay[i], -b * decay[i], zero, zero
-                    for m in range(d_k):           # a loop for each: with more arrays at once it is not vectorised
+                    for m in range(d_k):           # two loops: LLVM does not vectorise one with all the arrays
                         through_o += dO_S_i[m] * Q_i[m]
                         dQ_i[m] += scale * into_q * dO_S_i[m]
                         Q_decayed_i[m] = into_q * Q_i[m]
@@ -189,7 +191,7 @@ def _backward(first, last, do, q, k, v, g, beta, scale, cu_seqlens, chunks, key_
                         K_decayed_i[m] = into_k * K_i[m]
                     from_row[i] = into_q * through_o + into_k * through_S
                     dbeta[start + i, h] = direct - decay[i] * through_S
-                # dP = dO V_new^T, dA = -X V_new^T, then what they give to Q K^T and K K^T
+                # dP = dO V_new^T, dA = -X V_new^T, then the gradients of Q K^T and K K^T through them
                 gemm(one, dOX[:2 * c], V.T, zero, dOX_V[:2 * c, :c])
                 whole = decay[c - 1] * _inner(S, dS)
                 _pairs(P, QK_K, Gamma, beta, start, c, h, dOX_V, below, dbeta, dg)
@@ -234,7 +236,7 @@ def token(q, k, v, decay, beta, scale, S, o, S_new):
 
 @inlined
 def _decays(g, start, c, h, gc, decay, tail):
-    """gc, the summed log decay in float64; exp(gc) and exp(gc_C - gc)."""
+    """gc, the cumulative log decay in float64; decay = exp(gc), tail = exp(gc_C - gc)."""
     total = 0.0
     for i in range(c):
         total += g[start + i, h]
@@ -245,7 +247,7 @@ def _decays(g, start, c, h, gc, decay, tail):
 
 @inlined
 def _stack_q_k(scale, Q, K, QK):
-    """scale Q above K."""
+    """QK = scale Q above K."""
     for i in range(len(Q)):
         Q_i, K_i, QK_i, QK_below = row(Q, i), row(K, i), row(QK, i), row(QK, len(Q) + i)
         for m in range(len(Q_i)):
@@ -270,10 +272,10 @@ def _triangles(QK_K, beta, start, c, h, gc, P, A, Gamma):
 
 @inlined
 def _pairs(P, QK_K, Gamma, beta, start, c, h, dOX_V, below, dbeta, dg):
-    """dO V^T and X V^T become the gradients of (Q K^T without scale) and of K K^T, the latter filled symmetrically
-    [chunk.7, wy.9]; dbeta gets its part through A; dg_t = the sum over i >= t > j of dA_ij A_ij + dP_ij P_ij
+    """Replace dO V^T and X V^T by the gradients of (Q K^T without scale) and of K K^T, the latter made symmetric
+    [chunk.7, wy.9]. Adds the part of dbeta through A; dg_t = sum over i >= t > j of dA_ij A_ij + dP_ij P_ij
     [chunk.12]."""
-    below[:c] = 0                                                          # for each j: the pairs in the rows from i on
+    below[:c] = 0                                                          # for each j: sum of its pairs in rows >= i
     for i in range(c - 1, -1, -1):
         P_i, KK_i, Gamma_i, dP_i, dA_i = row(P, i), row(QK_K, c + i), row(Gamma, i), row(dOX_V, i), row(dOX_V, c + i)
         b, through_A, crossing = beta[start + i, h], P.dtype.type(0), P.dtype.type(0)
@@ -295,7 +297,7 @@ def _pairs(P, QK_K, Gamma, beta, start, c, h, dOX_V, below, dbeta, dg):
 
 @inlined
 def _log_decay(from_row, from_tail, whole, start, c, h, dg):
-    """dg_t += rows from t on + tails before t + whole [chunk.12]."""
+    """dg_t += sum of rows from t on + sum of tails before t + whole [chunk.12]."""
     before, below = 0.0, 0.0
     for i in range(c):
         dg[start + i, h] += whole + before

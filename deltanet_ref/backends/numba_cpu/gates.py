@@ -24,7 +24,7 @@ class DecayGateCache(NamedTuple):
 
 
 def decay_gate_forward(a, b, A_log, dt_bias):
-    """g, beta, cache: as ops.decay_gate_forward; g in float64, rounded once."""
+    """g, beta, cache: as ops.decay_gate_forward; g is computed in float64 and rounded once."""
     same_float(a, b, A_log, dt_bias)
     if b.shape != a.shape or A_log.shape != a.shape[-1:] or dt_bias.shape != a.shape[-1:]:
         return ops.decay_gate_forward(a, b, A_log, dt_bias)                # refuses with the remedy

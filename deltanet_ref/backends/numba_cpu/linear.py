@@ -1,14 +1,13 @@
-"""Linear maps: large products by NumPy's BLAS, in blocks that the kernels' threads share. Mathematics:
-docs/derivations/linear-and-lora.md.
+"""Linear maps: products by NumPy's BLAS, cut into blocks that the kernels' threads share.
 
-NumPy's BLAS computes on one thread meanwhile. Its own threads wait for one another inside every product, spinning, and
-under other load one of them is not running: with two busy processes on two cores a product of 0.2 ms took 12 ms. Here a
-product is cut into blocks of its result. The threads take them one by one, so a thread that the system stops delays its
-own block only, and whoever waits sleeps. A small product is not cut: the calling thread computes it.
+Mathematics: docs/derivations/linear-and-lora.md. The BLAS runs on one thread meanwhile. Its own threads wait for one
+another inside every product by spinning, and under other load one of them is not running: next to busy processes, one
+per core, a product of 0.2 ms took 12 ms. Here each thread computes one block of the result after another, so a thread
+that the system suspends delays its own block only, and a thread that waits sleeps. Small products are not cut.
 
-How a product is cut depends on its sizes and on the cores of the machine, not on the number of threads, so that the
-bits of a result do not either: the same element in a block of another shape may be rounded differently (OpenBLAS's
-Haswell kernel does). The BLAS copies its operands tile by tile for every block, which bounds the number of blocks.
+How a product is cut depends on its sizes and on the cores of the machine, but not on the number of threads. Neither do
+the bits of the result, then: the BLAS may round the same element differently in a block of another shape (OpenBLAS's
+Haswell kernel does). The BLAS packs its operands again for each block, which limits the number of blocks.
 """
 from functools import lru_cache
 
@@ -21,13 +20,13 @@ from deltanet_ref.backends.numba_cpu.compiler import kernel
 from deltanet_ref.backends.numba_cpu.threads import Work, run_together
 from deltanet_ref.ops import linear as ops
 
-# Costs in multiply-adds of a large product (75 per ns on a core with AVX-512)
-COPIED = 40                   # an element of A or B, for each block that reads it
-BLOCK_COST = 1 << 24          # least for a block: 0.2 ms; waking a thread takes 0.02 ms
-EXTRA = 1.03                  # of the cost of the whole: more blocks than cores are made up to here
-ALIGNMENT = 16                # of the columns of a block: the BLAS computes whole tiles fastest
+# The cost model of block_shape, in multiply-adds of a large product (75 per ns on a core with AVX-512)
+PACKED = 40                   # cost of one element of A or B, for each block that packs it; measured
+BLOCK_COST = 1 << 24          # least cost of a block: 0.2 ms; waking a thread takes 0.02 to 0.06 ms
+EXTRA = 1.03                  # more blocks than cores may cost this much relative to one block
+ALIGNMENT = 16                # of the columns of a block: the BLAS is fastest on whole tiles
 CORES = available_cores()
-LEAST_ROWS = 64               # of a task of linear_add, each of which copies w
+LEAST_ROWS = 64               # of a task of linear_add: each packs w
 
 
 def linear_forward(x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -39,7 +38,7 @@ def linear_forward(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 def linear_add(y: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
-    """y += x w^T in place, for a thin product no second array of the size of y: as ops.linear_add."""
+    """y += x w^T in place, without a second array of the size of y; for small in: as ops.linear_add."""
     same_float(y, x, w)
     if x.shape[:-1] != y.shape[:-1] or w.shape != (y.shape[-1], x.shape[-1]):
         return ops.linear_add(y, x, w)                                     # refuses
@@ -74,8 +73,10 @@ def product(A: np.ndarray, B: np.ndarray, C: np.ndarray | None = None) -> np.nda
 
 @lru_cache(1024)
 def block_shape(m: int, k: int, n: int) -> tuple[int, int]:
-    """Rows and columns of the blocks into which C (m, n) = A (m, k) B (k, n) is cut: one for each core, and more as long
-    as that is cheap, in the shape that copies least."""
+    """Rows and columns of the blocks into which C (m, n) = A (m, k) B (k, n) is cut.
+
+    One block for each core, more as long as that is cheap, in the shape that copies least.
+    """
     whole, parts, best = _cost(m, k, n, 1, 1), 1, (1, 1)
     while whole >= 2 * parts * BLOCK_COST:
         parts *= 2
@@ -88,7 +89,7 @@ def block_shape(m: int, k: int, n: int) -> tuple[int, int]:
 
 def _cost(m, k, n, down, across):
     """Of the product in `down` times `across` blocks; C is written once."""
-    return m * k * n + COPIED * (m * n + across * m * k + down * k * n)
+    return m * k * n + PACKED * (m * n + across * m * k + down * k * n)
 
 
 def _powers_of_two(most):

@@ -1,15 +1,16 @@
-"""Tensors as a GGUF file stores them: brought to float32, and multiplied without being brought there as a whole.
+"""Tensors as a GGUF file stores them: decoded to float32, and multiplied without decoding the whole tensor.
 
-A row is stored as blocks of 32 or 256 values. LAYOUTS has what is in a block (github.com/ggml-org/ggml, the block_* structs
-of src/ggml-common.h) and two functions that decode it, as value = (d * scale) * number - m * minimum: `numbers` gives 32 of
-them, `factors` the scales and minima of all groups. Values are ggml's to the bit: float32 in its order, nothing contracted. Types
-that are not in LAYOUTS (IQ1 to IQ3, TQ, MXFP4, NVFP4), and 16-bit rows that are not whole blocks of 32, are decoded by
-formats.quants, as slowly as the gguf package does it; F32 and F64 need no decoding.
+A row is stored as blocks of 32 or 256 values. LAYOUTS describes each block (github.com/ggml-org/ggml, the block_*
+structs of src/ggml-common.h) and two functions that decode it, as value = (d * scale) * number - m * minimum: `numbers`
+gives 32 of them, `factors` the scales and minima of all groups. Values are ggml's to the bit: float32 in its order,
+nothing contracted. Types that are not in LAYOUTS (IQ1 to IQ3, TQ, MXFP4, NVFP4), and 16-bit rows that are not whole
+blocks of 32, fall back to formats.quants, at the (slow) speed of the gguf package; F32 and F64 need no decoding.
 
-Products with up to FEW rows read each stored byte once. With one row of x nothing is decoded: numbers are multiplied with x,
-minima with sums of x. In blocks of 256 that is done in whole numbers, x being two of 16 bits each, to 2^-31 of the largest x
-of the block: as exact as float32, and in half the instructions. With more rows each row of the tensor is decoded in the
-first-level cache. Beyond FEW rows panels of the tensor are decoded into one reused buffer, for NumPy's BLAS.
+Products with up to FEW rows read each stored byte once. With one row of x nothing is decoded: numbers are multiplied
+with x, minima with sums of x. In blocks of 256 this uses integers, x being split into two of 16 bits each, to 2^-31 of
+the largest x of the block: as exact as float32, and in half the instructions. With more rows each row of the tensor is
+decoded in the first-level cache. Beyond FEW rows panels of the tensor are decoded into one reused buffer, for NumPy's
+BLAS.
 """
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -23,9 +24,27 @@ from deltanet_ref.backends.numba_cpu.arrays import row
 from deltanet_ref.backends.numba_cpu.compiler import INLINED, inlined, kernel
 from deltanet_ref.backends.numba_cpu.linear import product
 from deltanet_ref.backends.numba_cpu.threads import run_together
-from deltanet_ref.backends.numba_cpu.vectors import (add_pairs, fields, filled, half_to_float, high, join, lane, load,
-                                                     lookup, low, multiply_add, repeated, signed, store, to_float,
-                                                     total, unrolled, upper_half_to_float, widened)
+from deltanet_ref.backends.numba_cpu.vectors import (
+    add_pairs,
+    fields,
+    filled,
+    half_to_float,
+    high,
+    join,
+    lane,
+    load,
+    lookup,
+    low,
+    multiply_add,
+    repeated,
+    signed,
+    store,
+    to_float,
+    total,
+    unrolled,
+    upper_half_to_float,
+    widened,
+)
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
 
@@ -40,9 +59,9 @@ UPPER, LOWER = np.float32(32767), np.float32(32768)        # the largest upper 1
 # ---- the types
 
 class Layout(NamedTuple):
-    """How a type is stored."""
+    """The storage layout of a type."""
     block: np.dtype           # the fields of a block
-    values: int               # of a block
+    values: int               # in a block
     group: int                # values that share a scale: 16 or 32
     factors: object           # block -> scales and minima, of 8 bits, with a lane for each group; d, m
     numbers: object           # block, k -> the k-th 32 numbers, of 8 bits or (then with factors of 1) float32
@@ -84,7 +103,8 @@ def _nibbles_each(block):
 
 @inlined
 def _six_bits_signed(block):
-    """Of 16 scales: the lower 4 bits in 8 bytes, those of scale k + 8 above those of k; the upper 2 in 4 bytes likewise."""
+    """Of 16 scales: the lower 4 bits in 8 bytes, those of scale k + 8 above those of k; the upper 2 in 4 bytes
+    likewise."""
     lower, upper = load(block.scales, 0, 8), load(block.scales, 8, 4)
     upper = join(join(upper & 3, upper >> 2 & 3), join(upper >> 4 & 3, upper >> 6))
     scales = signed((join(lower & 15, lower >> 4) | upper << 4) - 32)
@@ -93,8 +113,8 @@ def _six_bits_signed(block):
 
 @inlined
 def _six_bits_each(block):
-    """Of 8 scales and 8 minima: the first 4 of each whole in 4 bytes; of the last 4 the lower 4 bits in 4 bytes more, the
-    upper 2 above those whole ones."""
+    """Of 8 scales and 8 minima: the first 4 of each whole in 4 bytes; of the last 4 the lower 4 bits in 4 bytes more,
+    the upper 2 above those whole ones."""
     s, m, both = load(block.scales, 0, 4), load(block.scales, 4, 4), load(block.scales, 8, 4)
     scales, minima = join(s & 63, both & 15 | s >> 6 << 4), join(m & 63, both >> 4 | m >> 6 << 4)
     return scales, minima, half_to_float(block.d), half_to_float(block.m)
@@ -130,7 +150,7 @@ def _q8_0(block, k):
 
 @inlined
 def _nibbles(q, start):
-    """32 numbers in 16 bytes: the lower halves, then the upper ones."""
+    """32 numbers in 16 bytes: first the lower nibbles, then the upper ones."""
     q = load(q, start, 16)
     return join(q & 15, q >> 4)
 
@@ -180,7 +200,8 @@ def _q5_k(block, k):
 
 @stored_as(Type.Q6_K, _bytes, 256, 16, q="(128,)u1", high="(64,)u1", scales="(16,)i1", d="<u2")
 def _q6_k(block, k):
-    """Each half of the block: 64 bytes with the lower bits of 64 numbers and of those 64 apart, 32 with the upper bits."""
+    """Each half of the block: 64 bytes with the lower bits of 64 numbers and of those 64 apart, 32 with the upper
+    bits."""
     half, quarter = k // 4, k % 4
     lower = load(block.q, half * 64 + quarter % 2 * 32, 32) >> quarter // 2 * 4 & 15
     upper = load(block.high, half * 32, 32) >> quarter * 2 & 3
@@ -202,10 +223,10 @@ def _iq4_xs(block, k):
     return join(_uneven(index & 15), _uneven(index >> 4))
 
 
-# ---- what is done with them
+# ---- decoding and products
 
 def dequantize(raw, type, shape, dtype=np.float32):
-    """As formats.quants.dequantize, bit for bit."""
+    """Equal to formats.quants.dequantize to the bit; types outside LAYOUTS are passed on to it."""
     if not decodes(type, shape) or raw.nbytes != quants.stored_bytes(type, shape):
         return quants.dequantize(raw, type, shape, dtype)                  # or refuses with the remedy
     y = np.empty(shape, np.float32)
@@ -214,12 +235,12 @@ def dequantize(raw, type, shape, dtype=np.float32):
 
 
 def decodes(type, shape):
-    """Whether tensors of this type and shape are decoded here."""
+    """Whether this module decodes tensors of this type and shape."""
     return type in LAYOUTS and bool(shape) and shape[-1] % LAYOUTS[type].values == 0
 
 
 def decode_into(y, raw, type):
-    """Fill y, float32 (..., n), from its stored bytes."""
+    """Decode stored bytes into y, float32 (..., n)."""
     blocks = _blocks(raw, type, y.shape)
     rows = _rows_of_a_task(blocks, DECODED_BYTES)
     _decode(-(-len(blocks) // rows), y.reshape(len(blocks), -1), blocks, rows)
@@ -229,7 +250,7 @@ def stored_linear_forward(x, tensors):
     """y = x w^T for several stored tensors: x (..., in) float32 -> list of y (..., out).
 
     tensors: each with raw, type and shape (out, in), for which `decodes` must hold. Up to FEW rows of x are multiplied
-    with the stored blocks, all tensors in one go. Raises InputError for another dtype or width of x.
+    with the stored blocks, all tensors in one call. Raises InputError for another dtype or width of x.
     """
     for tensor in tensors:
         _check(x, tensor, axis=1)
@@ -263,7 +284,7 @@ def _check(x, tensor, axis):
 def panels(tensor):
     """Iterator over (slice of rows, their values): together all of a stored tensor (out, in).
 
-    The values are in a buffer that the next panel, and other products after the last one, overwrite.
+    The values lie in a reused buffer: the next panel, and later products, overwrite them.
     """
     n, width = tensor.shape
     step = max(1, PANEL_BYTES // (4 * width))
@@ -276,7 +297,7 @@ def panels(tensor):
             yield part, w
 
 
-_free_buffers = []            # one, unless several threads multiply at a time
+_free_buffers = []            # one per thread that multiplies at the same time
 
 
 @contextmanager
@@ -328,7 +349,7 @@ def _products(first, last, x, blocks, rows, y):
             y[t, r] = y_t
 
 
-# ---- parts of kernels that differ by type
+# ---- parts of kernels specialised by type
 
 def _decode_row(blocks, y):
     """y (n,) = the values of n / values blocks."""
@@ -336,7 +357,7 @@ def _decode_row(blocks, y):
 
 
 def _prepared(blocks, x):
-    """What _dot reads of x (n,)."""
+    """x (n,) in the form that _dot reads."""
     raise NotImplementedError("for kernels only")
 
 
@@ -392,7 +413,7 @@ def _dot_in_floats(layout):
 
     def dot(blocks, prepared):
         x, sums = prepared
-        result, other = filled(0, 16, np.float32), filled(0, 16, np.float32)   # one addition need not wait for the other
+        result, other = filled(0, 16, np.float32), filled(0, 16, np.float32)   # two independent sums
         minimum = filled(0, 1, np.float32)
         for b in range(len(blocks)):
             _, _, d, m = factors(blocks[b])
@@ -434,9 +455,11 @@ def _dot_in_whole_numbers(layout):
 
 @inlined
 def _whole_numbers(x):
-    """upper, lower (n,) int16 and unit (n / 256,) with x = unit (upper + lower / LOWER), to 2^-31 of the block's largest.
+    """upper, lower (n,) int16 and unit (n / 256,) with x = unit (upper + lower / LOWER), to 2^-31 of the block's
+    largest.
 
-    A block without a finite sum has a unit that is not a number, and zeros; so is a block below 1e-34, with a unit of 0.
+    If the block's absolute sum is not finite, unit is NaN and upper = lower = 0. If its largest value is below 1e-34,
+    all three are 0.
     """
     upper, lower = np.zeros(len(x), np.int16), np.zeros(len(x), np.int16)
     unit = np.zeros(len(x) // K_VALUES, np.float32)

@@ -29,7 +29,7 @@ def _rope(first, last, x, cos, sin, y):
         x_i, y_i, cos_t, sin_t = row(x, t, h), row(y, t, h), row(cos, t % L), row(sin, t % L)
         a, b, rest = x_i[:half], x_i[half:2 * half], x_i[2 * half:]
         new_a, new_b, new_rest = y_i[:half], y_i[half:2 * half], y_i[2 * half:]
-        for j in range(half):                      # a loop for each half: with more arrays at once it is not vectorised
+        for j in range(half):                      # a loop for each half: LLVM does not vectorise one for both
             new_a[j] = a[j] * cos_t[j] - b[j] * sin_t[j]
         for j in range(half):
             new_b[j] = b[j] * cos_t[j] + a[j] * sin_t[j]

@@ -1,8 +1,11 @@
-"""Causal grouped-query attention in tiles of scores, with an online softmax; nothing of size L x M is kept.
+"""Causal grouped-query attention in tiles of scores, with an online softmax; nothing of size L x M is stored.
 
 Mathematics: docs/derivations/attention.md; the running maximum: Milakov and Gimelshein 2018, "Online normalizer
-calculation for softmax". A tile holds the scores of KEYS keys with all query heads of one key head at some tokens, the
-keys as rows: the maximum and the sum over keys then go element-wise along a row.
+calculation for softmax". A tile holds the scores of KEYS keys with all query heads of one key head at some tokens. Its
+rows are keys, so that the maximum and the sum over keys are element-wise operations on rows.
+
+The backward's dk and dv depend on the number of threads in their last bits: where sequences times key heads are fewer
+than threads, the tokens of a task are divided among several, and their dk and dv are added.
 """
 import numpy as np
 
@@ -28,7 +31,7 @@ def softmax_attention_forward(q, k, v, *, scale=None, cu_seqlens=None):
     peak, total = np.empty((B, L, H), q.dtype), np.empty((B, L, H), q.dtype)
     query_bounds, key_bounds = _boundaries(q, k, cu_seqlens)
     tokens = _tokens_of_a_tile(q, k)
-    tiles = np.concatenate([[0], np.cumsum(-(-np.diff(query_bounds) // tokens))])      # before each sequence, and all
+    tiles = np.concatenate([[0], np.cumsum(-(-np.diff(query_bounds) // tokens))])      # before each sequence; in all
     _forward(tiles[-1] * k.shape[2], heads(q), heads(k), heads(v), scale, query_bounds, key_bounds, tokens, tiles,
              heads(o), peak.reshape(B * L, H), total.reshape(B * L, H))
     return o, SoftmaxAttentionCache(q, k, v, o, peak, total, scale, cu_seqlens)
@@ -39,8 +42,7 @@ def softmax_attention_backward(do, cache):
     q, k, v, o, peak, total, scale, cu_seqlens = cache
     same_float(do, q)
     query_bounds, key_bounds = _boundaries(q, k, cu_seqlens)
-    # A task is a sequence and a key head. Where those are too few for the threads, each shares its tokens with others,
-    # and the gradients of the keys are summed over them.
+    # A task is a sequence, a key head and one of `parts` shares of its tokens
     parts = -(-threads.number_of_threads // ((len(key_bounds) - 1) * k.shape[2]))
     dq = np.empty(q.shape, q.dtype)
     dk, dv = np.zeros((parts, *heads(k).shape), q.dtype), np.zeros((parts, *heads(v).shape), q.dtype)
@@ -51,7 +53,7 @@ def softmax_attention_backward(do, cache):
 
 
 def _boundaries(q, k, cu_seqlens):
-    """Where the sequences start among all queries and among all keys."""
+    """Where each sequence starts among all queries and among all keys, with their totals last."""
     queries = sequence_boundaries(*q.shape[:2], cu_seqlens)
     return queries, queries if q.shape[1] == k.shape[1] else sequence_boundaries(*k.shape[:2], None)
 
@@ -67,14 +69,14 @@ def _forward(first, last, q, k, v, scale, query_bounds, key_bounds, tokens, tile
         n = np.searchsorted(tiles, tile, "right") - 1
         start = query_bounds[n] + (tile - tiles[n]) * tokens
         stop = min(start + tokens, query_bounds[n + 1])
-        past = key_bounds[n + 1] - query_bounds[n + 1]                     # key past + t stands for token t
+        past = key_bounds[n + 1] - query_bounds[n + 1]                     # token t is key past + t
         _forward_tile(q[start:stop], k[key_bounds[n]:past + stop], v[key_bounds[n]:past + stop], scale, h,
                       o[start:stop], peak[start:stop], total[start:stop])
 
 
 @inlined
 def _forward_tile(q, k, v, scale, h, o, peak, total):
-    """Key head h with its query heads, at tokens that are the last ones of the keys."""
+    """Key head h with its query heads; the tokens of q are the last ones of k."""
     group = q.shape[1] // k.shape[1]
     R, d_v = len(q) * group, v.shape[2]
     Q, O, s = np.empty((R, q.shape[2]), q.dtype), np.empty((R, d_v), q.dtype), np.empty((KEYS, R), q.dtype)
@@ -84,12 +86,12 @@ def _forward_tile(q, k, v, scale, h, o, peak, total):
     for start in range(0, len(k), KEYS):
         m = min(KEYS, len(k) - start)
         _scores(scale, Q, k, h, start, m, group, s)                        # 1  s_ji = scale q_i . k_j
-        before[:] = top                                                    # 2  top_i = max_j s_ji, as far as seen
+        before[:] = top                                                    # 2  top_i = max_j s_ji over the keys so far
         for j in range(m):
             s_j = row(s, j)
             for i in range(R):
                 top[i] = s_j[i] if s_j[i] > top[i] else top[i]
-        for i in range(R):                                                 #    the sums so far were scaled by another
+        for i in range(R):                                                 #    rescale the sums so far to the new top
             before[i] = exp(before[i] - top[i])
             sums[i] *= before[i]
         for j in range(m):                                                 # 3  e_ji = exp(s_ji - top_i)
@@ -126,7 +128,7 @@ def _backward(first, last, do, q, k, v, o, peak, total, scale, query_bounds, key
 
 @inlined
 def _backward_tile(do, q, k, v, o, peak, total, scale, h, dq, dk, dv):
-    """Key head h with its query heads, at tokens that are the last ones of the keys; dk and dv are added to."""
+    """Key head h with its query heads; the tokens of q are the last ones of k. Adds to dk and dv."""
     group = q.shape[1] // k.shape[1]
     R, d, d_v = len(q) * group, q.shape[2], v.shape[2]
     Q, dQ, dO = np.empty((R, d), q.dtype), np.zeros((R, d), q.dtype), np.empty((R, d_v), q.dtype)
@@ -165,17 +167,17 @@ def _backward_tile(do, q, k, v, o, peak, total, scale, h, dq, dk, dv):
 
 @inlined
 def _scores(scale, Q, k, h, start, m, group, s):
-    """s_ji = scale q_i . k_j for m keys from start on, and -inf where key j comes after the token of row i."""
+    """s_ji = scale q_i . k_j for m keys from `start` on; -inf where key j comes after the token of row i."""
     R = len(Q)
     gemm(scale, k[start:start + m, h], Q.T, Q.dtype.type(0), s[:m])
-    first = len(k) - R // group                                            # the key of the first token
+    first = len(k) - R // group                                            # the first token's own key
     for j in range(m):
         s[j, :min(max(start + j - first, 0) * group, R)] = -np.inf
 
 
 @inlined
 def _gather(x, first_head, group, X):
-    """Rows of X: the group's heads of the first token, of the second one, ..."""
+    """Rows of X: the heads of the group at the first token, then at the second, ..."""
     for i in range(len(X)):
         x_i, X_i = row(x, i // group, first_head + i % group), row(X, i)
         for c in range(len(X_i)):

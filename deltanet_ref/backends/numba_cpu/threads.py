@@ -1,9 +1,9 @@
 """The threads of the kernels: Python's own, each running compiled code without the interpreter lock.
 
 Measured against numba's parallel loops (OpenMP), this compiles in less than half the time, survives a fork, and lets a
-fast core take more tasks than a slow one. A helper starts in 5 to 20 us (OpenMP: 1 us while it spins, 50 us from sleep).
-Nobody spins: a thread without work sleeps on a lock, so two busy processes next to it cost it its share of the cores and
-no more.
+fast core take more tasks than a slow one. A helper starts in 5 to 20 us (OpenMP: 1 us while it spins, 50 us from
+sleep). Nobody spins: a thread without work sleeps on a lock, so two busy processes next to it cost it its share of the
+cores and no more.
 
 Work is cut by its size and never by the number of threads, and tasks never add to the same sum: results do not depend
 on which thread computes what.

@@ -1,8 +1,8 @@
-"""Vectors of numbers inside kernels, for the loops over packed bits that a compiler does not vectorise by itself.
+"""SIMD vectors inside kernels, for loops over packed bits that the compiler does not vectorise.
 
-A vector is a value of LLVM's vector type: + - * & | << >> act on all its lanes, with another vector or with a number, and
-round as written whatever fast-math the kernel has. LLVM spreads it over as many registers as the processor needs. Measured
-against plain loops over the same bytes: 5 to 7 times as fast.
+A vector is a value of LLVM's vector type: + - * & | << >> act on all its lanes, with another vector or with a number,
+and round as written whatever fast-math the kernel has. LLVM spreads it over as many registers as the processor needs.
+Measured against plain loops over the same bytes: 5 to 7 times as fast.
 """
 import operator
 from platform import machine
@@ -25,6 +25,7 @@ class Vector(types.Type):
 
 @register_model(Vector)
 class VectorModel(PrimitiveModel):
+    """A Vector is LLVM's vector type, passed by value."""
     def __init__(self, models, vector):
         super().__init__(models, vector, ir.VectorType(models.lookup(vector.dtype).get_data_type(), vector.lanes))
 
@@ -148,7 +149,8 @@ def widened(typing_context, v):
 
 @intrinsic
 def add_pairs(typing_context, a, b, c):
-    """c, int32, plus a * b, int16 with twice the lanes, summed over pairs of lanes: one instruction on most processors."""
+    """c, int32, plus a * b, int16 with twice the lanes, summed over pairs of lanes: one instruction on most
+    processors."""
     def codegen(context, builder, signature, args):
         wide = ir.VectorType(ir.IntType(32), a.lanes)
         products = builder.mul(builder.sext(args[0], wide), builder.sext(args[1], wide))
@@ -227,7 +229,8 @@ def lookup(table):
     def entry(typing_context, v):
         def codegen(context, builder, signature, args):
             if "+ssse3" in target_features():
-                shuffle = cgutils.get_or_insert_function(builder.module, ir.FunctionType(entries.type, [entries.type] * 2),
+                bytes_to_bytes = ir.FunctionType(entries.type, [entries.type] * 2)
+                shuffle = cgutils.get_or_insert_function(builder.module, bytes_to_bytes,
                                                          "llvm.x86.ssse3.pshuf.b.128")
                 return builder.call(shuffle, [entries, args[0]])
             found = ir.Constant(entries.type, ir.Undefined)
@@ -241,7 +244,8 @@ def lookup(table):
 
 @intrinsic
 def multiply_add(typing_context, a, b, c):
-    """a * b + c, rounded once where the processor can; b may be a number. No term is computed where a is a constant 0."""
+    """a * b + c, rounded once where the processor can; b may be a number. No term is computed where a is a constant
+    0."""
     def codegen(context, builder, signature, args):
         factor = args[1] if isinstance(b, Vector) else _in_all_lanes(builder, args[1], args[0].type)
         product = builder.fmul(args[0], factor, flags=("contract", "nnan", "nsz"))

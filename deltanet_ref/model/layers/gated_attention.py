@@ -165,6 +165,7 @@ class KVBuffer:
 # ---- forward and backward
 
 class AttentionCache(NamedTuple):
+    """Kept by gated_attention_forward."""
     projections: tuple        # LinearCache of q with its gate, k, v
     q_norm: tuple
     k_norm: tuple

@@ -115,6 +115,7 @@ class DeltaNetState(NamedTuple):
 
 
 class DeltaNetCache(NamedTuple):
+    """Kept by gated_deltanet_forward."""
     projections: tuple        # LinearCache of qkv, z, b, a
     conv: tuple
     q_norm: tuple

@@ -37,6 +37,7 @@ class SwigluFields(Fields):
 
 
 class SwigluCache(NamedTuple):
+    """Kept by swiglu_layer_forward."""
     up_gate: tuple            # LinearCache
     swiglu: tuple
     down: tuple               # LinearCache

@@ -25,7 +25,7 @@ def wy_forward(k, v, g, beta):
     """k (..., C, d_k), v (..., C, d_v), g, beta (..., C) -> WY [wy.1..5]."""
     gc = np.cumsum(g, -1, dtype=np.result_type(g, np.float64))             # 1  float64, for the differences below
     Gamma = decay_triangle(gc, k.dtype)                                    # 2  Gamma_ij = exp(gc_i - gc_j), i >= j
-    A = np.tril(beta[..., None] * (k @ _t(k)) * Gamma, -1)                 # 3  A = strict_lower(beta_i k_i.k_j Gamma_ij)
+    A = np.tril(beta[..., None] * (k @ _t(k)) * Gamma, -1)                 # 3  A_ij = beta_i k_i.k_j Gamma_ij for i > j
     T = unit_lower_inverse(A)                                              # 4  T = (I + A)^-1
     U = T @ (beta[..., None] * v)                                          # 5  U = T (beta V)
     W = T @ (beta[..., None] * decay_from_start(gc, k.dtype) * k)          #    W = T (beta exp(gc) K)

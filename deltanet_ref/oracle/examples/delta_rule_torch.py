@@ -4,13 +4,14 @@
 
 Replace the body with your kernel, and add --device cuda, --dtype bfloat16 and --packed where it supports them.
 """
+
 import torch
 
 
 def delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False):
     """q, k (B, L, H_k, d_k), v (B, L, H_v, d_v), g, beta (B, L, H_v) -> o (B, L, H_v, d_v), S (B, H_v, d_k, d_v)."""
     dtype, groups = v.dtype, v.shape[2] // k.shape[2]
-    q, k = (x.repeat_interleave(groups, 2).float() for x in (q, k))          # value head h reads key head h // groups
+    q, k = (x.repeat_interleave(groups, 2).float() for x in (q, k))  # value head h reads key head h // groups
     v, g, beta = (x.float() for x in (v, g, beta))
     S = initial_state.float() if initial_state is not None else v.new_zeros(*v.shape[::2], q.shape[3], v.shape[3])
     o = []

@@ -28,6 +28,7 @@ class Mutant:
         self.provenance = f"a mutant of {mutation.form}"
 
     def run(self, case, inputs, layout):
+        """The mutant's Answer to a case."""
         y = answers(self.mutation, case, _turned(inputs, layout), self.gradients)
         op = OPERATORS[case.op]
         names = op.outputs | op.gradients if self.gradients else op.outputs
@@ -73,6 +74,7 @@ def trial(mistake: Mistake, realisation: str) -> Trial:
 
 
 def main():
+    """Print a line for every mutant, then the totals."""
     trials = []
     for mistake in FORWARD + BACKWARD:
         for realisation in "ab":

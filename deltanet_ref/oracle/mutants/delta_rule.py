@@ -41,22 +41,27 @@ def of_vk(S):
 
 
 def unit(x):
+    """Rows divided by their length, with eps."""
     return x / np.sqrt((x ** 2).sum(-1, keepdims=True) + 1e-6)
 
 
 def bare_unit(x):
+    """Rows divided by their length, without eps."""
     return x / np.sqrt((x ** 2).sum(-1, keepdims=True))
 
 
 def product_of_exps(gc):
+    """exp(gc_i) exp(-gc_j), which overflows."""
     return np.tril(np.exp(gc)[..., :, None] * np.exp(-gc)[..., None, :])
 
 
 def exp_then_mask(gc):
+    """exp(gc_i - gc_j) above the diagonal too, masked by a product."""
     return np.exp(gc[..., :, None] - gc[..., None, :]) * np.tri(gc.shape[-1], dtype=gc.dtype)
 
 
 def one_token_late(cu_seqlens):
+    """Boundaries of packed sequences moved by one token."""
     return np.r_[0, cu_seqlens[1:-1] + 1, cu_seqlens[-1]]
 
 
@@ -78,6 +83,7 @@ def after_the_first_gate(gc, K):
 
 
 def dS_without_first_gate(gc, K, Q, T, b, dO, dV_new, dS_next):
+    """The gradient of the state entering a chunk, decayed from its first token instead of from its start."""
     late = after_the_first_gate(gc, K)
     return late[..., -1:, :] * dS_next + t(late * Q) @ dO - t(T @ (b * late * K)) @ dV_new
 

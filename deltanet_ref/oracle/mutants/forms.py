@@ -53,7 +53,8 @@ def log_decay_gradient(pair, row, tail, whole):
     return crossing + row @ lower + tail @ np.tril(lower, -1).T + whole[..., None]
 
 
-# A chunk filled up with zeros, its sums of log decays in float64, dA from U and W, dg without differences
+# Chunks filled up with zeros, sums of log decays in float64, dA from U and W without dT, dg without dgc and differences
+SKIPPED = ("dT_U", "dT_W", "dT", "dgc")
 PADDED = DeltaForm(
     padded=True,
     forward=CHUNKED.forward | steps(
@@ -63,7 +64,7 @@ PADDED = DeltaForm(
         tail=lambda gc, gc_end, K: np.exp(gc_end - gc).astype(K.dtype)[..., None],
         whole=lambda gc_end, K: np.exp(gc_end).astype(K.dtype)[..., None],
     ),
-    backward=CHUNKED.backward | steps(
+    backward={name: step for name, step in CHUNKED.backward.items() if name not in SKIPPED} | steps(
         tail_back=lambda gc, gc_end_back, K: np.exp(gc_end_back - gc).astype(K.dtype)[..., None],
         whole_back=lambda gc_end_back, K: np.exp(gc_end_back).astype(K.dtype)[..., None],
         d_whole=lambda whole_back, S, dS_next: (whole_back * S * dS_next).sum((-2, -1)),
@@ -77,6 +78,7 @@ PADDED = DeltaForm(
 # ------------------------------------------------------------------------------------------- the other operators
 
 def sigmoid(x):
+    """1 / (1 + exp(-x))."""
     return 1 / (1 + np.exp(-x))
 
 

@@ -85,6 +85,7 @@ def both_chunked(*groups, **equations) -> tuple[Mutation, Mutation]:
 # ---- what happens to arrays in several mistakes
 
 def float16(x):
+    """Rounded to float16, held in float32."""
     return x.astype(np.float16).astype(np.float32)
 
 
