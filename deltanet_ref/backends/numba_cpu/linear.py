@@ -100,9 +100,8 @@ def _multiply(first, last, A, B, C, rows, columns):
     """Blocks first .. last-1 of C = A B; NumPy releases the interpreter lock in each."""
     across = -(-C.shape[1] // columns)
     for block in range(first, last):
-        down, right = slice(block // across * rows, (block // across + 1) * rows), slice(
-            block % across * columns, (block % across + 1) * columns)
-        np.matmul(A[down], B[:, right], out=C[down, right])
+        i, j = block // across * rows, block % across * columns
+        np.matmul(A[i:i + rows], B[:, j:j + columns], out=C[i:i + rows, j:j + columns])
 
 
 def _rows(x):
