@@ -43,7 +43,7 @@ def rule_floors(q, k, v, gates, do, dS_end, dtype, *, chunk_size=0, draws=2, **o
 
     arguments = [q, k, v, *gates.values(), do, dS_end]
     state, dstate = (np.linalg.norm(a) + np.linalg.norm(b) for a, b in ((gates["S0"], v), (dS_end, do)))
-    both = state * dstate / max(gates["g"].size, 1) ** 0.5           # a product of the two for each token and head
+    both = state * dstate / max(gates["g"].size, 1) ** 0.5  # a product of the two for each token and head
     replaced = np.array([state, state, both, both, dstate, both, both, dstate])
     floors = noise_floors(results, arguments, dtype, draws) + half_ulp(dtype) * replaced
     sums = np.cumsum(np.pad(gates["g"], ((0, 0), (chunk_size, 0), (0, 0))), 1, np.float64)
