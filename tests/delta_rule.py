@@ -32,15 +32,20 @@ def definition(q, k, v, gates, do, dS_end, **options):
 def rule_floors(q, k, v, gates, do, dS_end, dtype, *, chunk_size=0, draws=2, **options):
     """Noise floors of RESULTS (tests/tolerances.py); with chunk_size those of the chunked form.
 
-    A chunk's decay ratios are exp(gc_i - gc_j), differences of sums of up to chunk_size log decays: relative to the
-    ratio they are off by eps times the largest of those sums, which the recurrence never forms.
+    Added are two roundings that no perturbation of the arguments shows. Where beta is about 1 the state is replaced by
+    v, and what it was cancels, as does its gradient in the backward: both are rounded at the size that they had. And a
+    chunk's decay ratios are exp(gc_i - gc_j), differences of sums of up to chunk_size log decays: relative to the ratio
+    they are off by eps times the largest of those sums, which the recurrence never forms.
     """
 
     def results(x):
         return list(definition(*x[:3], dict(zip(gates, x[3:6])), *x[6:], **options).values())
 
     arguments = [q, k, v, *gates.values(), do, dS_end]
-    floors = noise_floors(results, arguments, dtype, draws)
+    state, dstate = (np.linalg.norm(a) + np.linalg.norm(b) for a, b in ((gates["S0"], v), (dS_end, do)))
+    both = state * dstate / max(gates["g"].size, 1) ** 0.5  # a product of the two for each token and head
+    replaced = np.array([state, state, both, both, dstate, both, both, dstate])
+    floors = noise_floors(results, arguments, dtype, draws) + half_ulp(dtype) * replaced
     sums = np.cumsum(np.pad(gates["g"], ((0, 0), (chunk_size, 0), (0, 0))), 1, np.float64)
     largest = np.abs(sums[:, chunk_size:] - sums[:, : sums.shape[1] - chunk_size]).max(initial=0) if chunk_size else 0
     return floors + rounding(largest, dtype) * np.array([np.linalg.norm(x) for x in results(arguments)])
