@@ -1,6 +1,5 @@
 """Which cores and threads are used, how products are divided among them, and what is said of compilation."""
 
-import io
 import os
 import subprocess
 import sys
@@ -200,7 +199,7 @@ def test_compilation_is_announced_once_for_each_dtype_on_a_terminal(tmp_path):
         ours, theirs = os.openpty()
         process = subprocess.Popen([sys.executable, "-c", COMPILES], cwd=ROOT, env=environment, stderr=theirs)
         os.close(theirs)
-        with io.open(ours, "rb", buffering=0) as terminal:
+        with open(ours, "rb", buffering=0) as terminal:
             output = b""
             try:
                 while part := terminal.read(1000):
