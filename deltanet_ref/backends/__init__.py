@@ -26,13 +26,15 @@ def get_backend(name: str) -> Backend:
 
 @contextmanager
 def threads(backend: Backend, n: int) -> Iterator[None]:
-    """Inside the with block NumPy's BLAS and the backend's kernels run on n threads."""
-    from threadpoolctl import threadpool_limits
+    """Inside the with block the backend runs on n threads: its own, or those of NumPy's BLAS where it has none."""
+    if backend.set_threads is None:
+        from threadpoolctl import threadpool_limits
 
-    before = backend.set_threads(n) if backend.set_threads else None
-    try:
         with threadpool_limits(n):
             yield
+        return
+    before = backend.set_threads(n)
+    try:
+        yield
     finally:
-        if backend.set_threads:
-            backend.set_threads(before)
+        backend.set_threads(before)

@@ -19,6 +19,18 @@ from threadpoolctl import ThreadpoolController
 from deltanet_ref.backends.numba_cpu.compiler import inlined
 
 
+def _limit(library, n):
+    """Let a library compute on n threads, whichever Python thread calls this.
+
+    threadpoolctl accepts OpenBLAS's number from the first Python thread that sets one, and ignores all others (3.8).
+    """
+    if library.internal_api == "openblas" and library.threading_layer == "pthreads":
+        names = [f"{first}openblas_set_num_threads{last}" for first in ("", "scipy_") for last in ("", "64_", "_64")]
+        next(getattr(library.dynlib, name) for name in names if hasattr(library.dynlib, name))(n)
+    else:
+        library.set_num_threads(n)
+
+
 class _OnOneThread:
     """Context in which libraries compute on one thread. Several threads may be in it; the last to leave restores."""
 
@@ -31,7 +43,7 @@ class _OnOneThread:
                 numbers = [(library, library.get_num_threads()) for library in self.libraries]
                 self.limited = [(library, n) for library, n in numbers if n > 1]
                 for library, _ in self.limited:
-                    library.set_num_threads(1)
+                    _limit(library, 1)
             self.inside += 1
 
     def __exit__(self, *_):
@@ -39,14 +51,14 @@ class _OnOneThread:
             self.inside -= 1
             if self.inside == 0:
                 for library, n in self.limited:
-                    library.set_num_threads(n)
+                    _limit(library, n)
 
 
 _libraries = ThreadpoolController().select(user_api="blas").lib_controllers
 _scipy = [library for library in _libraries
           if {"scipy.libs", "scipy"} & set(Path(library.filepath).parts[-3:])] or _libraries       # Linux, macOS
 for library in _scipy:
-    library.set_num_threads(1)
+    _limit(library, 1)
 numpy_on_one_thread = _OnOneThread([library for library in _libraries if library not in _scipy])
 
 ROUTINES = ("sgemm", "dgemm", "strsm", "dtrsm")
