@@ -131,9 +131,7 @@ PRODUCTS = """if True:
 
 
 def test_products_of_any_python_thread_run_with_numpys_blas_on_one_thread():
-    alone = python(
-        "import numpy, threadpoolctl; print(threadpoolctl.threadpool_info()[0]['num_threads'])"
-    ).stdout.strip()
+    alone = python(NUMPY_ALONE).stdout.strip()
     assert python(PRODUCTS).stdout.split() == [alone, "1", alone]
 
 
