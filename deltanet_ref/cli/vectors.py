@@ -39,7 +39,8 @@ def add_arguments(parser):
 def run(args):
     from deltanet_ref.oracle.cases import CASES, select
     from deltanet_ref.oracle.expected import VECTORS
-    from deltanet_ref.oracle.make_vectors import ELSEWHERE, verify_vectors, write_vectors
+    from deltanet_ref.oracle.make_vectors import verify_vectors, write_vectors
+    from deltanet_ref.oracle.noise import FACTOR
 
     if args.make:
         write_vectors(args.make)
@@ -49,7 +50,7 @@ def run(args):
         print(
             "\n".join(wrong)
             or f"{counted(len(CASES), 'case')}: checksums, metadata and inputs are equal, "
-            f"outputs agree within {ELSEWHERE:g} of their scale"
+            f"outputs agree within {FACTOR['float64']} noise floors of float64"
         )
         return 1 if wrong else 0
     elif args.list:

@@ -7,14 +7,13 @@ import numpy as np
 from deltanet_ref.oracle.cases import CHUNK, Case
 from deltanet_ref.oracle.chunk_by_chunk import BACKWARD, FORWARD
 from deltanet_ref.oracle.expected import Expected
-from deltanet_ref.oracle.noise import FACTOR, relative_error
+from deltanet_ref.oracle.noise import FACTOR, FLOAT64_PER_FLOAT32, relative_error
 from deltanet_ref.oracle.operators import OPERATORS
 
 # the order in which a kernel computes them; a wrong stage makes the later ones wrong too
 DELTA_PIPELINE = (*FORWARD, "o", "S_end", *BACKWARD, "dq", "dv", "dbeta", "dk", "dg", "dS0")
 SEQUENTIAL = ({"S": 1, "V_new": 1, "o": 1}, {"dV_new": -1, "dS": -1})  # computed chunk by chunk, in this direction
 STRICTLY_LOWER = ("dA", "dT")  # A and T are constant on and above the diagonal, where these mean nothing
-FLOAT64_PER_FLOAT32 = 2.0**-29  # ratio of the two unit roundoffs
 
 
 def pipeline(op: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from deltanet_ref.oracle.chunk_by_chunk import chunk_by_chunk
 from deltanet_ref.oracle.operators import OPERATORS, in_dtype
 
 FACTOR = {"float32": 16, "bfloat16": 8, "float64": 16}  # kernels differ in summation order, chunks, fused products
+FLOAT64_PER_FLOAT32 = 2.0**-29  # ratio of the unit roundoffs, and so of the floors
 PRECISIONS = {"float32": 2.0**-24, "bfloat16": 2.0**-9}  # unit roundoffs, the lower bounds of floors
 SMALLEST_TERM = 2.0**-20  # lower bound of a scale computed from terms, relative to the largest of the tensor
 SMALLEST_ROW = 2.0**-7  # the same where the scale is just the largest entry of the row
