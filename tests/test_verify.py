@@ -257,3 +257,18 @@ def test_the_command_exits_with_1_for_a_bad_adapter_and_compares_a_merged_model(
         (["--prompts", "absent"], "absent"),
     ):
         assert main(["verify", str(base), str(lora), *arguments]) == 2 and match in capsys.readouterr().err
+
+
+def test_prompts_are_cut_to_the_models_context(capsys, monkeypatch):
+    from deltanet_ref.cli import verify as command
+
+    def load_with_context_of_5(args, load=command.load):
+        model = load(args)
+        model.config = replace(model.config, max_position_embeddings=5)
+        return model
+
+    monkeypatch.setattr(llama_cpp, "installed", lambda: False)
+    monkeypatch.setattr(command, "load", load_with_context_of_5)
+    base, lora = FIXTURES / "eq" / "eq-f32.gguf", FIXTURES / "eq" / "lora"
+    main(["verify", str(base), str(lora), "-p", TEXT, "--json"])
+    assert json.loads(capsys.readouterr().out)["effect"]["positions"] == 5

@@ -13,7 +13,7 @@ PROMPTS = (
     "Question: what is 7 times 6?\nAnswer:",
     "def add(a, b):\n    return a + b\n",
 )
-LONGEST = 512  # tokens of each prompt that are used
+LONGEST = 512  # tokens of each prompt that are used, if the model's context is not shorter
 LISTED = 20  # names printed of each list
 
 EPILOG = """\
@@ -54,7 +54,8 @@ def run(args):
     lines = [line for line in read_text(args.prompts).splitlines() if line.strip()] if args.prompts else []
     texts = args.prompt + lines or list(PROMPTS)
     model = load(args)
-    prompts = [ids[:LONGEST] for ids in map(model.tokenizer.encode, texts)]
+    longest = min(LONGEST, model.config.max_position_embeddings)
+    prompts = [ids[:longest] for ids in map(model.tokenizer.encode, texts)]
     if short := [text for text, ids in zip(texts, prompts) if len(ids) < 2]:
         raise InputError(f"the prompt {shown(short[0])} has fewer than two tokens: give a longer one")
     result = verify(model, path, prompts, scale)
