@@ -1,0 +1,118 @@
+"""A device: its arrays, its kernels, their launches. The array module is CuPy, or stand_in for tests on a CPU."""
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+KERNELS = Path(__file__).parent / "kernels"
+STATIC_LIMIT = 48 * 1024  # bytes of dynamic shared memory that a kernel may use without asking for them
+C_TYPES = {"float32": "float", "bfloat16": "__nv_bfloat16", "float64": "double"}
+
+
+class Kernel(NamedTuple):
+    """A compiled entry point and the dynamic shared memory of its launches, in bytes."""
+
+    function: object
+    shared: int
+
+
+class Device:
+    """What the operators of this backend compute with; each takes it as its first parameter.
+
+    xp    the array module: CuPy or stand_in
+    bf16  ml_dtypes.bfloat16 as a NumPy dtype
+    """
+
+    def __init__(self, xp):
+        self.xp = xp
+        self._modules, self._functions = {}, {}
+
+    @functools.cached_property
+    def bf16(self) -> np.dtype:
+        """bfloat16 as a NumPy dtype. ml_dtypes is imported on first use: CuPy needs it, the other backends do not."""
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+
+    # ---- arrays
+
+    def empty(self, shape, dtype):
+        """An array that is not initialised."""
+        return self.xp.empty(shape, dtype)
+
+    def zeros(self, shape, dtype):
+        """An array of zeros."""
+        return self.xp.zeros(shape, dtype)
+
+    def contiguous(self, x):
+        """x itself if it is in C order, or a copy that is."""
+        return x if x.flags.c_contiguous else self.xp.ascontiguousarray(x)
+
+    def upload(self, host_array, dtype=None):
+        """A NumPy array, or anything that becomes one, as an array of the device."""
+        return self.xp.asarray(np.ascontiguousarray(host_array, dtype))
+
+    # ---- kernels
+
+    def kernel(self, file: str, name: str, shared: int = 0, **macros) -> Kernel:
+        """The entry point `name` of kernels/FILE.cu, compiled once for each set of macros.
+
+        shared  bytes of dynamic shared memory
+        macros  -D definitions: numbers, text, or a dtype, which becomes its C type (REAL=np.float32)
+        """
+        macros = tuple((macro, self._macro(value)) for macro, value in sorted(macros.items()))
+        if (file, macros) not in self._modules:  # its entry points are compiled together
+            options = ("-std=c++17", f"-I{KERNELS}", *(f"-D{macro}={value}" for macro, value in macros))
+            self._modules[file, macros] = self.xp.RawModule(code=source(file), options=options)
+        if (file, macros, name) not in self._functions:
+            self._functions[file, macros, name] = self._modules[file, macros].get_function(name)
+        function = self._functions[file, macros, name]
+        if shared > max(STATIC_LIMIT, function.max_dynamic_shared_size_bytes):
+            function.max_dynamic_shared_size_bytes = shared
+        return Kernel(function, shared)
+
+    def _macro(self, value):
+        if isinstance(value, bool):
+            return str(int(value))
+        return str(value) if isinstance(value, str | int | float | np.integer) else C_TYPES[np.dtype(value).name]
+
+    def launch(self, kernel: Kernel, grid, block, *args) -> None:
+        """Launch on the current stream; an empty grid launches nothing (CuPy would make it one block).
+
+        grid, block  ints or tuples of up to three
+        args         arrays of the device, in C order; None, a null pointer; int, passed as int32; float, as float32;
+                     NumPy scalars as they are (np.int64 for long long)
+        """
+        grid, block = _triple(grid), _triple(block)
+        if 0 not in grid:
+            kernel.function(grid, block, tuple(map(self._argument, args)), shared_mem=kernel.shared)
+
+    def _argument(self, x):
+        if isinstance(x, self.xp.ndarray):
+            if not x.flags.c_contiguous:
+                raise ValueError(f"an argument {x.shape} with strides {x.strides} is not in C order: use contiguous")
+            return x
+        if x is None or isinstance(x, np.generic):
+            return x
+        if isinstance(x, bool | int):
+            return np.int32(x)  # raises OverflowError for what does not fit
+        if isinstance(x, float):
+            return np.float32(x)
+        raise TypeError(f"a kernel cannot take {type(x).__name__}")
+
+
+def _triple(n):
+    return (*map(int, n if isinstance(n, tuple) else (n,)), 1, 1)[:3]
+
+
+def source(file: str) -> str:
+    """The text of kernels/FILE.cu, with a digest of all headers at its end.
+
+    CuPy caches compiled code by the text of the source and the options: without the digest it would not notice a
+    changed header.
+    """
+    headers = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.glob("*.cuh")))).hexdigest()
+    return f"{(KERNELS / f'{file}.cu').read_text()}\n// headers: {headers}\n"
