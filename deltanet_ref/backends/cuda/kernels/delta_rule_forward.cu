@@ -70,7 +70,7 @@ __device__ __forceinline__ void invert_diagonal(Tile<float> A, int first, Tile<f
 // P (chunks, H_v, CHUNK, CHUNK); T_out in the same shape holds T^T.
 extern "C" __global__ void __launch_bounds__(2 * CHUNK)
 delta_rule_triangles(const REAL* q, const REAL* k, const float* g, const float* beta, const int* cu_seqlens,
-                     const int* first_chunks, int H_k, int H_v, int d_k, int tiled, float scale, REAL* P_out, REAL* T_out,
+                     const int* first_chunks, int H_k, int H_v, int tiled, float scale, REAL* P_out, REAL* T_out,
                      float* gates_out) {
     extern __shared__ __align__(16) unsigned char shared[];
     const Sequence sequence(cu_seqlens, first_chunks, blockIdx.z);
@@ -79,12 +79,12 @@ delta_rule_triangles(const REAL* q, const REAL* k, const float* g, const float* 
     Carver carver{shared};
     const Tile<float> A = carver.tile<float>(CHUNK, CHUNK), diagonal = carver.tile<float>(CHUNK, 16);
     float* gates = carver.array<float>(GATES * CHUNK);
-    const Tile<REAL> Q = carver.tile<REAL>(CHUNK, d_k), K = carver.tile<REAL>(CHUNK, d_k);
+    const Tile<REAL> Q = carver.tile<REAL>(CHUNK, D_K), K = carver.tile<REAL>(CHUNK, D_K);
 
     const int token = sequence.token(chunk), filled = sequence.filled(chunk);
-    const int h_k = key_head(head, H_k, H_v, tiled), stride = H_k * d_k;
-    copy_tile<2 * CHUNK>(Q, row_of(q, token, H_k, h_k, d_k), stride, CHUNK, filled, d_k);
-    copy_tile<2 * CHUNK>(K, row_of(k, token, H_k, h_k, d_k), stride, CHUNK, filled, d_k);
+    const int h_k = key_head(head, H_k, H_v, tiled), stride = H_k * D_K;
+    copy_tile<2 * CHUNK>(Q, row_of(q, token, H_k, h_k, D_K), stride, CHUNK, filled, D_K);
+    copy_tile<2 * CHUNK>(K, row_of(k, token, H_k, h_k, D_K), stride, CHUNK, filled, D_K);
     cp_async_commit();
 
     // 1, 2  gc and the decays
@@ -100,7 +100,7 @@ delta_rule_triangles(const REAL* q, const REAL* k, const float* g, const float* 
     Block QK[BLOCKS], KK[BLOCKS];
     clear(QK);
     clear(KK);
-    for (int m = 0; m < d_k; m += 16) {
+    for (int m = 0; m < D_K; m += 16) {
         const Left<REAL> q_m = left_rows(Q, 16 * warp, m), k_m = left_rows(K, 16 * warp, m);
 #pragma unroll
         for (int n = 0; n < BLOCKS; ++n)

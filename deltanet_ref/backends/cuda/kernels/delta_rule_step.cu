@@ -16,7 +16,9 @@ constexpr int WARPS_OF_ROWS = 8, COLUMNS = WARP;
 extern "C" __global__ void __launch_bounds__(WARP * WARPS_OF_ROWS)
 delta_rule_step(const REAL* q, const REAL* k, const REAL* v, const float* g, const float* beta, const float* S, int H_k, int H_v,
                 int d_k, int d_v, int tiled, float scale, REAL* o, float* S_new) {
-    __shared__ float k_S[WARPS_OF_ROWS][COLUMNS], q_S[WARPS_OF_ROWS][COLUMNS], q_k[WARPS_OF_ROWS];
+    __shared__ float k_S[WARPS_OF_ROWS][COLUMNS];
+    __shared__ float q_S[WARPS_OF_ROWS][COLUMNS];
+    __shared__ float q_k[WARPS_OF_ROWS];
     const int head = blockIdx.y, h_k = tiled ? head % H_k : head / (H_v / H_k);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, column = blockIdx.x * COLUMNS + lane;
     const long long value_head = static_cast<long long>(blockIdx.z) * H_v + head;

@@ -130,12 +130,9 @@ struct Right<__nv_bfloat16> {
 };
 
 __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
-    Pack<__nv_bfloat16, 2> pair;
-    pair.set(0, low);
-    pair.set(1, high);
-    uint32_t bits;
-    memcpy(&bits, &pair, sizeof bits);
-    return bits;
+    const uint32_t first = __bfloat16_as_ushort(__float2bfloat16_rn(low));
+    const uint32_t second = __bfloat16_as_ushort(__float2bfloat16_rn(high));
+    return first | second << 16;
 }
 
 // high + low is x to 2^-24 of it, each a TF32 number.
@@ -144,9 +141,7 @@ struct Halves {
 };
 __device__ __forceinline__ Halves halves(float x) {
     const uint32_t high = to_tf32(x);
-    float rounded;
-    memcpy(&rounded, &high, sizeof rounded);
-    return {high, to_tf32(x - rounded)};
+    return {high, to_tf32(x - __uint_as_float(high))};
 }
 
 // The sum over a product's inner index runs in any order. A lane holds columns pair and pair + 1 of a Block where an mma
