@@ -375,7 +375,7 @@ class ndarray:
 
     def copy(self):
         """A copy in C order."""
-        return _computed(np.ascontiguousarray, self)
+        return _computed(lambda a: np.array(a, order="C"), self)
 
     def fill(self, value):
         """Set all elements to a number."""
