@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deltanet_ref.backends.cuda import blas
+
 KERNELS = Path(__file__).parent / "kernels"
 STATIC_LIMIT = 48 * 1024  # bytes of dynamic shared memory that a kernel may use without asking for them
 C_TYPES = {"float32": "float", "bfloat16": "__nv_bfloat16", "float64": "double"}
@@ -54,6 +56,28 @@ class Device:
     def upload(self, host_array, dtype=None):
         """A NumPy array, or anything that becomes one, as an array of the device."""
         return self.xp.asarray(np.ascontiguousarray(host_array, dtype))
+
+    # ---- matrix products
+
+    @functools.cached_property
+    def _blas(self):
+        """cuBLAS, loaded at the first product; the stand-in has its own."""
+        return blas.Blas(self.xp, self.xp.cublas if hasattr(self.xp, "cublas") else blas.load())
+
+    def matmul(self, a, b, transpose_a=False, transpose_b=False, out=None, out_dtype=None, accumulate=False, alpha=1.0):
+        """alpha op(a) op(b), op being the transpose where asked for; accumulated in float32.
+
+        a, b        2-D, both float32 or both bfloat16; views with contiguous rows or columns are not copied
+        out         the array to write (or, with accumulate, to add to), with contiguous rows; a new one if None
+        out_dtype   of a new one: the dtype of a, or float32
+        """
+        if out is None:
+            shape = a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1]
+            out = self.empty(shape, a.dtype if out_dtype is None else out_dtype)
+        self._blas.product(
+            a, b, out, transpose_a=transpose_a, transpose_b=transpose_b, alpha=alpha, accumulate=accumulate
+        )
+        return out
 
     # ---- kernels
 

@@ -34,11 +34,22 @@ class FreedMemory(RuntimeError):
 class Memory:
     """A block of device memory."""
 
+    blocks: "weakref.WeakSet[Memory]" = weakref.WeakSet()  # those that exist
+
     def __init__(self, size: int):
         raw = np.full(size + ALIGNMENT, POISON, np.uint8)
         start = -raw.ctypes.data % ALIGNMENT
         self.size, self.bytes = size, raw[start : start + size]
         self.ptr = self.bytes.ctypes.data
+        Memory.blocks.add(self)
+
+    @classmethod
+    def at(cls, ptr: int, size: int) -> "Memory":
+        """The block that has these bytes; raises FreedMemory if there is none."""
+        for block in cls.blocks:
+            if block.ptr <= ptr and ptr + size <= block.ptr + block.size:
+                return block
+        raise FreedMemory(f"no memory of the device has the {size} bytes from {ptr:#x}")
 
 
 class MemoryPointer:
@@ -173,11 +184,15 @@ def _refuse_in_capture(what):
 
 def _submit(function, arrays):
     """Do the work now, or record it. arrays: the device arrays that it reads and writes."""
+    _submit_on(function, [x._mem for x in arrays])
+
+
+def _submit_on(function, memory):
     graph = _capturing()
     if graph is None:
         function()
     else:
-        graph.work.append((function, [weakref.ref(x.data.mem) for x in arrays]))
+        graph.work.append((function, [weakref.ref(block) for block in memory]))
 
 
 # ---- kernels
@@ -360,7 +375,7 @@ class ndarray:
 
     def copy(self):
         """A copy in C order."""
-        return _computed(np.array, self)
+        return _computed(np.ascontiguousarray, self)
 
     def fill(self, value):
         """Set all elements to a number."""
@@ -432,6 +447,8 @@ def _computed(function, *operands):
     with np.errstate(all="ignore"):
         result = np.asarray(function(*map(_host, operands)))
     out = empty(result.shape, result.dtype)
+    if result.flags.f_contiguous and not result.flags.c_contiguous:  # CuPy keeps the order of the operands
+        out = empty(result.shape[::-1], result.dtype).T
     if _capturing() is None:
         out._host[...] = result
         return out
@@ -547,6 +564,73 @@ def _elementwise(name):
 
 
 log, exp, sqrt, square, isfinite = map(_elementwise, ("log", "exp", "sqrt", "square", "isfinite"))
+
+
+# ---- cuBLAS
+
+
+class Cublas:
+    """What is used of libcublas, on host memory: the calls, their order and their addresses are checked."""
+
+    def __init__(self):
+        self.stream, self.workspace, self.handles = 0, None, 0
+
+    def cublasCreate_v2(self, handle):
+        """A handle on the null stream, without a workspace of ours."""
+        _refuse_in_capture("cublasCreate")
+        self.handles += 1
+        handle._obj.value = self.handles
+        return 0
+
+    def cublasSetStream_v2(self, handle, stream):
+        """Resets the workspace."""
+        self.stream, self.workspace = stream.value or 0, None
+        return 0
+
+    def cublasSetWorkspace_v2(self, handle, place, size):
+        """Memory of ours for the products of this stream."""
+        self.workspace = Memory.at(place.value, size.value)
+        return 0
+
+    def cublasGemmEx(self, handle, op_a, op_b, m, n, k, alpha, A, a_type, lda, B, b_type, ldb, beta, C, c_type, ldc,
+                     compute, algorithm):  # fmt: skip
+        """C = alpha op(A) op(B) + beta C, all matrices stored by columns; accumulated in float32, rounded once."""
+        if self.stream != get_current_stream().ptr:
+            raise RuntimeError("a product is queued on a stream that is not the current one")
+        if _capturing() is not None and self.workspace is None:
+            raise CaptureError("cuBLAS allocates its workspace while the stream captures")
+        m, n, k, alpha, beta = m.value, n.value, k.value, alpha._obj.value, beta._obj.value
+        a, a_memory = _columns(A, a_type, lda, (k, m) if op_a.value else (m, k))
+        b, b_memory = _columns(B, b_type, ldb, (n, k) if op_b.value else (k, n))
+        c, c_memory = _columns(C, c_type, ldc, (m, n))
+        a, b = a.T if op_a.value else a, b.T if op_b.value else b
+
+        def multiply():
+            product = np.float32(alpha) * (a.astype(np.float32, copy=False) @ b.astype(np.float32, copy=False))
+            c[...] = product + np.float32(beta) * c.astype(np.float32, copy=False) if beta else product
+
+        _submit_on(multiply, [a_memory, b_memory, c_memory])
+        return 0
+
+
+def _columns(ptr, cuda_type, stride, shape):
+    """The matrix of this shape, columns `stride` elements apart, as a NumPy view; and its Memory."""
+    if stride.value < max(1, shape[0]):
+        raise ValueError(f"columns of {shape[0]} elements are {stride.value} apart")
+    dtype = np.dtype(np.float32 if cuda_type.value == 0 else _bfloat16())
+    extent = (shape[1] - 1) * stride.value + shape[0] if 0 not in shape else 0
+    memory = Memory.at(ptr.value, extent * dtype.itemsize)
+    strides = dtype.itemsize, stride.value * dtype.itemsize
+    return np.ndarray(shape, dtype, memory.bytes, ptr.value - memory.ptr, strides), memory
+
+
+def _bfloat16():
+    import ml_dtypes
+
+    return ml_dtypes.bfloat16
+
+
+cublas = Cublas()
 
 cuda = SimpleNamespace(
     Memory=Memory,
