@@ -36,15 +36,18 @@ __all__ = [
 def load_model(path: str | Path, backend: str = "auto", dtype: str = "float32", weights: str = "auto") -> Qwen35:
     """Open a model: a .gguf file, or an HF directory (config.json and safetensors).
 
-    backend  "numpy" (the definition), "numba" (kernels), or "auto", which is numba
-    dtype    "float32" or "float64", of all computation; a GGUF's tensors stay as stored until they are used
+    backend  "numpy" (the definition), "numba" (kernels for the CPU), "cuda" (kernels for an NVIDIA card),
+             "cuda-emulated" (the same on the CPU, for tests), or "auto": cuda where there is a card, else numba
+    dtype    "float32" or "float64", of all computation, or with cuda "float32" or "bfloat16" (matrices and activations;
+             states, gates, statistics, adapters and their gradients are float32); a GGUF's tensors stay as stored until
+             they are used
     weights  of a GGUF: "mapped" (decoded at each use), "expanded" (decoded once and kept), or "auto": mapped where the
              backend decodes fast (numba: all common types), the others expanded if they fit in half of the available
              memory
     returns  Qwen35 (model.config, model.logits, model.loss_and_grads, ...); model.notes lists what was left out
     raises   InputError that lists everything wrong with the file; at the first use of a tensor that is not finite, too
     """
-    ops = get_backend(backend)
+    ops = get_backend(backend, dtype)
     path = Path(path)
     if path.is_dir():
         config, tensors, notes = weights_from_hf(path, dtype, ops)
@@ -53,4 +56,6 @@ def load_model(path: str | Path, backend: str = "auto", dtype: str = "float32", 
         file = read_gguf(path)
         config, tensors, notes = weights_from_gguf(file, dtype, ops, weights)
         tokenizer = Tokenizer.from_gguf(file) if "tokenizer.ggml.tokens" in file.metadata else None
+    if backend == "auto" and ops.device:
+        notes = [*notes, f"backend {ops.name}: {ops.device}"]
     return Qwen35(config, tensors, tokenizer=tokenizer, notes=notes)

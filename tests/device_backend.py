@@ -164,5 +164,6 @@ BACKEND = SimpleNamespace(
     **dict.fromkeys(OPTIONAL),
     name="device",
     xp=ArrayModule(),
+    dtypes=ops.dtypes,
     to_host=to_host,
 )

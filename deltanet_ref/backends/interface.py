@@ -1,7 +1,9 @@
 """THE contract of a backend: every name, its signature, and what is done without an optional capability.
 
-A backend is a module (deltanet_ref.ops, backends.numba_cpu) with all names of Backend. The operators compute what their
-namesakes in ops define, for arrays of the module `xp`; their docstrings in ops give shapes, returns and errors.
+A backend is a module (deltanet_ref.ops, backends.numba_cpu) or another object with all names of Backend. The operators
+compute what their namesakes in ops define, for arrays of the module `xp`; their docstrings in ops give shapes, returns
+and errors. With bfloat16 the state and gates of the delta rule, statistics, everything that belongs to vectors, and
+gradients of weights are float32.
 Backward takes the cache of its own forward and returns new arrays. Token ids, labels, cu_seqlens and positions are
 NumPy arrays on the host in every backend.
 
@@ -37,10 +39,12 @@ class Backend(Protocol):
     """The names of a backend module; the functions are signatures."""
 
     # ---- arrays
-    name: str  # "numpy", "numba"
+    name: str  # "numpy", "numba", "cuda"
     xp: ModuleType  # NumPy's interface to the arrays that the operators take and return: numpy, cupy
 
-    def to_host(x: Array) -> np.ndarray: ...  # a NumPy array, without a copy if it is one
+    dtypes: dict  # name -> np.dtype, what a model can be computed in. "bfloat16": matrices and activations
+
+    def to_host(x: Array) -> np.ndarray: ...  # a NumPy array, without a copy if it is one; bfloat16 as float32
 
     # ---- optional capabilities, and what the model does where they are None
     device: str | None  # the device in words, for messages and reports. None: the CPU

@@ -24,7 +24,7 @@ def add_model_arguments(parser, backend: str = "auto") -> None:
         "--dtype",
         default="float32",
         metavar="NAME",
-        help="dtype of all computation: float32 or float64 (default float32)",
+        help="dtype of all computation: float32, float64 (CPU) or bfloat16 (GPU) (default float32)",
     )
     parser.add_argument(
         "--weights",

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from deltanet_ref.backends import BACKENDS
+from deltanet_ref.backends import CPU_BACKENDS
 from deltanet_ref.cli.options import add_output_arguments, add_type_argument, check_output, flag
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.files import ensure_writable, read_text
@@ -73,7 +73,11 @@ def add_arguments(parser):
         "--start", metavar="MODEL.gguf", type=Path, help="continue from this model instead of a new one"
     )
     parser.add_argument(
-        "--backend", choices=BACKENDS, default="numba", metavar="NAME", help=f"{' or '.join(BACKENDS)} (default numba)"
+        "--backend",
+        choices=CPU_BACKENDS,
+        default="numba",
+        metavar="NAME",
+        help=f"{' or '.join(CPU_BACKENDS)} (default numba)",
     )
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int, metavar="N", help="optimizer steps")

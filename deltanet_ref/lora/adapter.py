@@ -30,7 +30,7 @@ from deltanet_ref.lora.bridge import (
 )
 from deltanet_ref.model.config import ARCHITECTURE, Config
 from deltanet_ref.model.load import listing
-from deltanet_ref.model.tensors import linear_tensors
+from deltanet_ref.model.tensors import linear_tensors, wide_dtype
 
 # the metadata of an adapter: name here -> GGUF key
 _METADATA_KEYS = {
@@ -111,28 +111,29 @@ def new_adapter(model, rank: int = 16, alpha: float = 32, targets: str | list | 
     """Creates an adapter whose update is zero: A uniform in +-1 / sqrt(in) (PEFT's Kaiming initialisation), B zero.
 
     targets: names of weights to adapt, or one string with commas: "attn_qkv" or "in_proj_qkv" for that weight in every
-    layer, "blk.0.attn_qkv.weight" for a single one; None for all linear layers. The factors have the model's dtype.
+    layer, "blk.0.attn_qkv.weight" for a single one; None for all linear layers. The factors have the model's dtype
+    (float32 in a bfloat16 model).
     Raises InputError for names that the model does not have, and a rank or alpha that is not positive.
     """
     if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
         raise InputError(f"rank is {shown(rank)}, it must be a positive integer")
     if not 0 < alpha < np.inf:
         raise InputError(f"alpha is {shown(alpha)}, it must be a positive number")
-    rng, tensors = np.random.default_rng(seed), {}
+    rng, dtype, tensors = np.random.default_rng(seed), wide_dtype(model.dtype), {}
     for spec in _chosen(linear_tensors(model.config), targets):
         out, width = spec.shape
-        tensors[f"{spec.name}.lora_a"] = (rng.uniform(-1, 1, (rank, width)) / width**0.5).astype(model.dtype)
-        tensors[f"{spec.name}.lora_b"] = np.zeros((out, rank), model.dtype)
+        tensors[f"{spec.name}.lora_a"] = (rng.uniform(-1, 1, (rank, width)) / width**0.5).astype(dtype)
+        tensors[f"{spec.name}.lora_b"] = np.zeros((out, rank), dtype)
     return _on_backend(Adapter(model.config, tensors, float(alpha)), model.backend)
 
 
 def load_adapter(path: Path | str, model) -> Adapter:
-    """Reads a GGUF adapter or a PEFT directory (adapter_config.json) for this model, in the model's dtype.
+    """Reads a GGUF adapter or a PEFT directory (adapter_config.json) for this model, in the dtype of its vectors.
 
     Raises InputError: not a LoRA adapter, another architecture, or every factor missing, unexpected, misshapen or not
     finite.
     """
-    return _on_backend(open_adapter(path, model.config, model.dtype), model.backend)
+    return _on_backend(open_adapter(path, model.config, wide_dtype(model.dtype)), model.backend)
 
 
 def _on_backend(adapter, backend):

@@ -10,7 +10,7 @@ from deltanet_ref.formats.files import read_json
 from deltanet_ref.formats.gguf import read_gguf
 from deltanet_ref.formats.safetensors import read_safetensors
 from deltanet_ref.model.config import ARCHITECTURE, Config
-from deltanet_ref.model.tensors import expected_tensors, hf_shape, to_gguf_form
+from deltanet_ref.model.tensors import expected_tensors, hf_shape, to_gguf_form, wide_dtype
 from deltanet_ref.model.weights import Weights
 
 # what a checkpoint may hold in addition to the text model: (pattern, what it is)
@@ -21,11 +21,11 @@ _SKIPPED_HF = ((r"(model\.)?visual\.", "vision"), (r"mtp\.", "multi-token predic
 def weights_from_gguf(file, dtype, backend, mode: str = "mapped") -> tuple[Config, Weights, list]:
     """The text model in an opened GGUF file (a GGUFFile); nothing is decoded yet.
 
-    dtype: float32 or float64, of the arrays given later; backend and mode as of Weights. Returns (Config, Weights,
+    dtype: the name of one of backend.dtypes; backend and mode as of Weights. Returns (Config, Weights,
     notes: list of str). Raises InputError: another architecture, or every tensor that is missing, unexpected or of the
     wrong shape.
     """
-    dtype = model_dtype(dtype)
+    dtype = model_dtype(dtype, backend)
     if not file.tensors:
         raise InputError(f"{file.path}: contains no tensors (a vocabulary-only file?): pass the model's own GGUF")
     found = {name: tensor.shape for name, tensor in file.tensors.items()}
@@ -48,9 +48,9 @@ def weights_from_hf(directory, dtype, backend) -> tuple[Config, Weights, list]:
 
     Accepts the names of the text-only model and of the multimodal model. Returns and raises as weights_from_gguf.
     """
-    dtype = model_dtype(dtype)
+    dtype = model_dtype(dtype, backend)
     config, stored, names, notes = open_hf(directory)
-    dense = {name: np.ascontiguousarray(to_gguf_form(stored[names[name]].astype(dtype), spec, config))
+    dense = {name: np.ascontiguousarray(to_gguf_form(stored[names[name]].astype(wide_dtype(dtype)), spec, config))
              for name, spec in expected_tensors(config).items()}
     return config, Weights(config, dense, dtype, backend), notes
 
@@ -87,14 +87,16 @@ def read_config(path):
     return _config(path, Config.from_gguf, file.metadata, {name: t.shape for name, t in file.tensors.items()})
 
 
-def model_dtype(dtype):
-    """np.dtype of "float32" or "float64"; raises InputError for any other, bfloat16 included."""
-    name = str(dtype) if isinstance(dtype, str) else np.dtype(dtype).name
-    if name == "bfloat16":
-        raise InputError("bfloat16 needs the GPU backend, which this version does not have: use dtype='float32'")
-    if name not in ("float32", "float64"):
-        raise InputError(f"dtype {name!r} is unknown: use 'float32' or 'float64'")
-    return np.dtype(name)
+def model_dtype(dtype, backend):
+    """np.dtype of a name in backend.dtypes; raises InputError for any other."""
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name in backend.dtypes:
+        return backend.dtypes[name]
+    choices = " or ".join(map(repr, backend.dtypes))
+    if name in ("float64", "bfloat16"):
+        other = "numba" if name == "float64" else "cuda"
+        raise InputError(f"backend {backend.name!r} does not compute in {name}: use {choices}, or backend={other!r}")
+    raise InputError(f"dtype {name!r} is unknown: use {choices}")
 
 
 def text_model_name(name):

@@ -193,7 +193,7 @@ class Qwen35:
     def _shared(self, positions):
         """For each block what its mixer shares with the others of its kind at these positions (L,)."""
         kinds = {name: MIXERS[name] for name in self.config.layer_types}
-        shared = {name: kind.shared and kind.shared(self.config, self.backend, positions, self.dtype)
+        shared = {name: kind.shared and kind.shared(self.config, self.backend, positions, self.weights.wide_dtype)
                   for name, kind in kinds.items()}
         return [shared[name] for name in self.config.layer_types]
 

@@ -47,6 +47,11 @@ _FINAL_NORM = TensorRow("output_norm.weight", "model.norm.weight", ("D",), value
 _HEAD = TensorRow("output.weight", "lm_head.weight", ("V", "D"))
 
 
+def wide_dtype(dtype) -> np.dtype:
+    """The dtype of vectors, adapters and gradients of weights in a model of this dtype: float32 for bfloat16."""
+    return np.dtype(np.float32) if np.dtype(dtype).name == "bfloat16" else np.dtype(dtype)
+
+
 def sizes(config, *kinds) -> dict:
     """The letters of shapes and axes for one model, as a dict of ints; kinds: those of the layer."""
     letters = {"0": 0, "1": 1, "V": config.vocab_size, "D": config.hidden_size}

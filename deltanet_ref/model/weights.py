@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Type
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
 from deltanet_ref.formats.gguf import GGUFTensor
-from deltanet_ref.model.tensors import expected_tensors
+from deltanet_ref.model.tensors import expected_tensors, wide_dtype
 
 MODES = ("auto", "mapped", "expanded")
 SHARE = 0.5                   # of the available memory, for tensors that "auto" keeps decoded
@@ -18,6 +18,9 @@ SHARE = 0.5                   # of the available memory, for tensors that "auto"
 
 class Weights(Mapping):
     """GGUF name -> array of the model's dtype, in network order.
+
+    A bfloat16 model holds its matrices in bfloat16 and everything else (norms, convolutions, gates) in float32:
+    wide_dtype, which is also that of adapters and of gradients of weights. In other models all have one dtype.
 
     A stored tensor is a GGUFTensor (its bytes stay in the file's map, quantised) or a dense array. Dense arrays, and
     float32 tensors in a float32 model, are returned without a copy: do not write into them, replace them by
@@ -32,18 +35,22 @@ class Weights(Mapping):
 
     def __init__(self, config, stored: Mapping, dtype, backend, mode: str = "mapped"):
         self.dtype, self.backend = np.dtype(dtype), backend
-        self._shapes = {name: spec.shape for name, spec in expected_tensors(config).items()}
-        self._stored = {name: self._plain(tensor) for name, tensor in stored.items()}
+        self.wide_dtype = wide_dtype(dtype)
+        expected = expected_tensors(config)
+        self._shapes = {name: spec.shape for name, spec in expected.items()}
+        self._dtypes = {name: self.dtype if spec.is_matrix else self.wide_dtype for name, spec in expected.items()}
+        self._stored = {name: self._plain(name, tensor) for name, tensor in stored.items()}
         self._kept = dict.fromkeys(self._to_keep(mode))          # name -> array, None until it is needed
         self._checked = set()                                    # names of tensors known to be finite
 
-    def _plain(self, tensor):
-        """A dense tensor, or one stored in the model's dtype, as an array of the backend; the others as they are."""
+    def _plain(self, name, tensor):
+        """A dense tensor, or one stored in the dtype it is used in, as an array of the backend; others as they are."""
+        dtype = self._dtypes[name]
         if isinstance(tensor, GGUFTensor):
-            if tensor.type not in quants.PLAIN or quants.PLAIN[tensor.type] != self.dtype:
+            if tensor.type not in quants.PLAIN or quants.PLAIN[tensor.type] != dtype:
                 return tensor
-            tensor = quants.dequantize(tensor.raw, tensor.type, tensor.shape, self.dtype)
-        return self.backend.xp.asarray(tensor)
+            tensor = quants.dequantize(tensor.raw, tensor.type, tensor.shape, dtype)
+        return self.backend.xp.asarray(tensor if dtype == self.wide_dtype else np.asarray(tensor).astype(dtype))
 
     def _to_keep(self, mode):
         if mode not in MODES:
@@ -70,9 +77,9 @@ class Weights(Mapping):
         if not self._is_stored(name):
             return tensor
         if name not in self._kept:
-            return self._decode(tensor.raw, tensor.type, tensor.shape)
+            return self._decode(name, tensor.raw, tensor.shape)
         if self._kept[name] is None:
-            self._kept[name] = self._decode(tensor.raw, tensor.type, tensor.shape)
+            self._kept[name] = self._decode(name, tensor.raw, tensor.shape)
         return self._kept[name]
 
     def rows(self, name: str, ids):
@@ -86,12 +93,15 @@ class Weights(Mapping):
         tensor = self._stored[name]
         raw = quants.rows(tensor.raw, tensor.type, tensor.shape, ids)
         count = len(range(*ids.indices(tensor.shape[0]))) if isinstance(ids, slice) else len(ids)
-        return self._decode(raw, tensor.type, (count, *tensor.shape[1:]))
+        return self._decode(name, raw, (count, *tensor.shape[1:]))
 
-    def _decode(self, raw, type, shape):
+    def _decode(self, name, raw, shape):
+        """An array from bytes of the stored tensor `name`: all of them, or some rows."""
+        type, dtype = self._stored[name].type, self._dtypes[name]
         if self.backend.stored is not None:
-            return self.backend.stored.dequantize(raw, type, shape, self.dtype)
-        return self.backend.xp.asarray(quants.dequantize(raw, type, shape, self.dtype))
+            return self.backend.stored.dequantize(raw, type, shape, dtype)
+        decoded = quants.dequantize(raw, type, shape, self.wide_dtype)
+        return self.backend.xp.asarray(decoded.astype(dtype, copy=False))
 
     def _check(self, name):
         """Raise InputError, when the tensor is first used, if it holds NaN or infinity."""
@@ -131,10 +141,10 @@ class Weights(Mapping):
         return self.backend.linear_backward_input(dy, self[name])
 
     def _multiplied_as_stored(self, name):
-        return self._is_stored(name) and self.dtype == np.float32 and self._decodes(name)
+        return self._is_stored(name) and self.wide_dtype == np.float32 and self._decodes(name)
 
     def __setitem__(self, name, array):
-        array = self.backend.xp.asarray(array, self.dtype)
+        array = self.backend.xp.asarray(array, self._dtypes[name])
         if array.shape != self.shape(name):
             raise InputError(f"{name} is {self.shape(name)}, it cannot be replaced by an array of {array.shape}")
         self._stored[name] = array
@@ -147,7 +157,7 @@ class Weights(Mapping):
         """The type in which the tensor is kept."""
         if self._is_stored(name):
             return self._stored[name].type
-        return Type.F64 if self._stored[name].dtype == np.float64 else Type.F32
+        return {"float64": Type.F64, "bfloat16": Type.BF16}.get(self._stored[name].dtype.name, Type.F32)
 
     def __contains__(self, name):
         return name in self._shapes

@@ -33,6 +33,7 @@ from deltanet_ref.ops.softmax_attention import (
 from deltanet_ref.ops.swiglu import swiglu_backward, swiglu_forward
 
 name, xp = "numpy", np
+dtypes = {name: np.dtype(name) for name in ("float32", "float64")}
 device = set_threads = stored = delta_layer_step = None                    # optional capabilities that it lacks
 
 

@@ -153,7 +153,7 @@ def trace(model, tokens, backward=False, name="", version=""):
     h = model.backend.xp.asarray(found["output_norm"])
     logits = model.backend.to_host(model.backend.linear_forward(h, model.weights[model.head]))
     record("logits", logits)
-    record("loss", np.asarray(loss, model.dtype))
+    record("loss", np.asarray(loss, model.weights.wide_dtype))
     if backward:
         _, cache = ops.cross_entropy_forward(logits, np.append(tokens[1:], IGNORED))
         record("d.logits", ops.cross_entropy_backward(1.0, cache))

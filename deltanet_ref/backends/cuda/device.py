@@ -55,7 +55,7 @@ class Device:
 
     def upload(self, host_array, dtype=None):
         """A NumPy array, or anything that becomes one, as an array of the device."""
-        return self.xp.asarray(np.ascontiguousarray(host_array, dtype))
+        return self.xp.asarray(np.asarray(host_array, dtype, order="C"))
 
     # ---- matrix products
 

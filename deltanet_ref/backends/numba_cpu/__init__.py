@@ -55,7 +55,7 @@ from deltanet_ref.backends.numba_cpu.quants import (
 from deltanet_ref.backends.numba_cpu.rope import rope_backward, rope_forward
 from deltanet_ref.backends.numba_cpu.softmax_attention import softmax_attention_backward, softmax_attention_forward
 from deltanet_ref.backends.numba_cpu.threads import set_threads
-from deltanet_ref.ops import embedding_backward, embedding_forward, rope_tables, to_host, xp
+from deltanet_ref.ops import dtypes, embedding_backward, embedding_forward, rope_tables, to_host, xp
 
 keep_freed_memory()
 name, device = "numba", None

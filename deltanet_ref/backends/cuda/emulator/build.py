@@ -305,8 +305,8 @@ class Library:
     def sites(self) -> list[Site]:
         """The barriers and waits that launches in this process have reached, in order of file and line."""
         with self._lock:
-            text = ctypes.create_string_buffer(self._dll.emulator_sites(None, ctypes.c_uint64(0)) + 1)
-            self._dll.emulator_sites(text, ctypes.c_uint64(len(text)))
+            text = ctypes.create_string_buffer(self._dll.emulator_sites(None, ctypes.c_uint64(0), 0) + 1)
+            self._dll.emulator_sites(text, ctypes.c_uint64(len(text)), 0)
         return read_sites(text.value.decode())
 
     @property

@@ -31,9 +31,11 @@ EMULATOR_EXPORT int emulator_launch(const char* name, const uint32_t* grid, cons
                                shared_bytes, options, message, message_size);
 }
 
-// The sites reached since the library was loaded, a line "kind<tab>line<tab>file" each; the size needed.
-EMULATOR_EXPORT uint64_t emulator_sites(char* text, uint64_t size) {
+// The sites reached since the library was loaded, or since they were last forgotten, a line "kind<tab>line<tab>file"
+// each. Returns the number of characters.
+EMULATOR_EXPORT uint64_t emulator_sites(char* text, uint64_t size, int forget) {
     uint64_t length = 0;
+    if (forget) memset(emulator::sites, 0, sizeof emulator::sites);
     for (const emulator::Place& site : emulator::sites)
         if (site.kind != nullptr)
             length += snprintf(length < size ? text + length : nullptr, length < size ? size - length : 0, "%s\t%d\t%s\n",
