@@ -137,6 +137,7 @@ Task read_task(Reader& job) {
 using LaunchFunction = int (*)(const char*, const uint32_t*, const uint32_t*, uint64_t, void**, uint64_t, const char*, int,
                                char*, uint64_t);
 using SitesFunction = uint64_t (*)(char*, uint64_t, int);
+using ShareFunction = void (*)(void**);
 
 struct Library {
     LaunchFunction launch;
@@ -145,12 +146,14 @@ struct Library {
 
 const Library& open(const std::string& path) {
     static std::map<std::string, Library> opened;
+    static void* identities[2048];
     Library& library = opened[path];
     if (library.launch == nullptr) {
         void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
         if (handle == nullptr) stop(dlerror());
         library.launch = reinterpret_cast<LaunchFunction>(dlsym(handle, "emulator_launch"));
         library.sites = reinterpret_cast<SitesFunction>(dlsym(handle, "emulator_sites"));
+        reinterpret_cast<ShareFunction>(dlsym(handle, "emulator_share"))(identities);
     }
     return library;
 }
