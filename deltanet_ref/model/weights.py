@@ -41,6 +41,7 @@ class Weights(Mapping):
         self._dtypes = {name: self.dtype if spec.is_matrix else self.wide_dtype for name, spec in expected.items()}
         self._stored = {name: self._plain(name, tensor) for name, tensor in stored.items()}
         self._kept = dict.fromkeys(self._to_keep(mode))          # name -> array, None until it is needed
+        self.version = 0                                         # counts replacements of tensors
         self._checked = set()                                    # names of tensors known to be finite
 
     def _plain(self, name, tensor):
@@ -81,6 +82,11 @@ class Weights(Mapping):
         if self._kept[name] is None:
             self._kept[name] = self._decode(name, tensor.raw, tensor.shape)
         return self._kept[name]
+
+    def dense(self, name: str):
+        """w[name] if it is there as an array, or None: it would have to be decoded."""
+        there = not self._is_stored(name) or self._kept.get(name) is not None
+        return self[name] if there else None
 
     def rows(self, name: str, ids):
         """w[name][ids], (n, D) for int ids (n,) or a slice.
@@ -148,6 +154,7 @@ class Weights(Mapping):
         if array.shape != self.shape(name):
             raise InputError(f"{name} is {self.shape(name)}, it cannot be replaced by an array of {array.shape}")
         self._stored[name] = array
+        self.version += 1
 
     def shape(self, name: str) -> tuple:
         """The tensor's shape, rows first; nothing is decoded."""

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from deltanet_ref.backends.cuda.device import Device
+from deltanet_ref.backends.cuda.graph import Steps
 from deltanet_ref.errors import InputError
 
 # module -> the operators in it
@@ -57,6 +58,7 @@ def backend_of(device: Device, name: str, description: str) -> SimpleNamespace:
         set_threads=None,
         stored=None,
         delta_layer_step=None,
+        run_step=Steps(device).run,
     )
 
 

@@ -16,6 +16,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from deltanet_ref.backends.cuda.emulator.build import compile
+
 POISON = 0xFF  # all bytes of fresh memory: a NaN in every floating-point type, -1 in integers
 ALIGNMENT = 512  # of memory, as that of CuPy's pool
 
@@ -52,6 +54,19 @@ class Memory:
         raise FreedMemory(f"no memory of the device has the {size} bytes from {ptr:#x}")
 
 
+class ForeignMemory:
+    """Bytes of a Memory that malloc_func returned; free_func gets their address when no array needs them any more."""
+
+    def __init__(self, size: int, malloc_func, free_func):
+        self.size, self.ptr = size, malloc_func(size, 0) if size else 0
+        self.block = Memory.at(self.ptr, size) if size else Memory(0)
+        start = self.ptr - self.block.ptr if size else 0
+        self.bytes = self.block.bytes[start : start + size]
+        self.ptr = self.ptr or self.block.ptr
+        if size:
+            weakref.finalize(self, free_func, self.ptr, 0).atexit = False
+
+
 class MemoryPointer:
     """A place in a Memory, which it keeps alive."""
 
@@ -68,6 +83,17 @@ class MemoryPointer:
 def alloc(size: int) -> MemoryPointer:
     """Fresh memory: the default allocator."""
     return MemoryPointer(Memory(size), 0)
+
+
+class PythonFunctionAllocator:
+    """An allocator made of malloc_func(size, device) -> address and free_func(address, device)."""
+
+    def __init__(self, malloc_func, free_func):
+        self.malloc_func, self.free_func = malloc_func, free_func
+
+    def malloc(self, size: int) -> MemoryPointer:
+        """The allocator."""
+        return MemoryPointer(ForeignMemory(size, self.malloc_func, self.free_func), 0)
 
 
 _allocator = alloc
@@ -192,7 +218,7 @@ def _submit_on(function, memory):
     if graph is None:
         function()
     else:
-        graph.work.append((function, [weakref.ref(block) for block in memory]))
+        graph.work.append((function, [weakref.ref(getattr(block, "block", block)) for block in memory]))
 
 
 # ---- kernels
@@ -202,8 +228,6 @@ class RawModule:
     """A CUDA source, compiled by the emulator. Options other than -I and -D are for NVRTC and not read."""
 
     def __init__(self, *, code: str, options: tuple = (), backend="nvrtc"):
-        from deltanet_ref.backends.cuda.emulator.build import compile
-
         include_dirs = [option[2:] for option in options if option.startswith("-I")]
         macros = dict(option[2:].partition("=")[::2] for option in options if option.startswith("-D"))
         self.library = compile(code, include_dirs, macros)
@@ -214,10 +238,7 @@ class RawModule:
 
 
 class RawKernel:
-    """An entry point. recorders: called with (library, name, grid, block, args, shared_mem) at every launch; args are
-    NumPy arrays (views of the device's memory), ctypes scalars and None."""
-
-    recorders: list = []
+    """An entry point."""
 
     def __init__(self, library, name):
         self.library, self.name = library, name
@@ -229,17 +250,8 @@ class RawKernel:
                 f"{self.name} is launched with {shared_mem} bytes of shared memory, it may use "
                 f"{self.max_dynamic_shared_size_bytes}: set max_dynamic_shared_size_bytes"
             )
-        arrays = [x for x in args if isinstance(x, ndarray)]
         values = [_argument(x) for x in args]
-        pointers = [ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) else x for x in values]
-        pointers = [ctypes.c_void_p(None) if x is None else x for x in pointers]
-
-        def launch():
-            for recorder in self.recorders:
-                recorder(self.library, self.name, grid, block, values, shared_mem)
-            self.library.launch(self.name, grid, block, pointers, shared_mem)
-
-        _submit(launch, arrays)
+        _submit(lambda: self.library.launch(self.name, grid, block, values, shared_mem), _device_arrays(*args))
 
 
 SCALARS = {np.int32: ctypes.c_int, np.int64: ctypes.c_longlong, np.float32: ctypes.c_float}
@@ -548,6 +560,8 @@ def concatenate(arrays, axis=0) -> ndarray:
     """The arrays one after the other along an axis."""
     arrays = list(arrays)
     _check_operands(*arrays)
+    if len(arrays) > 8:
+        _refuse_in_capture("more than 8 arrays are concatenated, for which CuPy uploads a table of addresses,")
     return _computed(lambda *parts: np.concatenate(parts, axis), *arrays)
 
 
@@ -638,6 +652,7 @@ cuda = SimpleNamespace(
     Stream=Stream,
     Graph=Graph,
     alloc=alloc,
+    PythonFunctionAllocator=PythonFunctionAllocator,
     set_allocator=set_allocator,
     get_allocator=get_allocator,
     using_allocator=using_allocator,

@@ -28,6 +28,27 @@ class Arguments(NamedTuple):
 def arguments(q, k, v, *, g, beta, S0, scale, head_order, cu_seqlens):
     """Check the shapes and bring the arguments to one form; raises InputError with the remedy."""
     q, k, v, g, beta = map(np.asarray, (q, k, v, g, beta))
+    S0_shape = None if S0 is None else np.shape(S0)
+    boundaries, key_head, state_shape = checked(q, k, v, g=g, beta=beta, S0_shape=S0_shape, head_order=head_order,
+                                                cu_seqlens=cu_seqlens)
+    B, L = k.shape[:2]
+    d_k = k.shape[3]
+    dtype = np.result_type(q, k, v, g, beta, np.float32, *(() if S0 is None else (S0,)))
+    if S0 is None:
+        S0 = np.zeros(state_shape, dtype)
+
+    def flat(x):
+        return x.reshape(B * L, *x.shape[2:]).astype(dtype, copy=False)
+
+    return Arguments(*map(flat, (q, k, v, g, beta)), np.asarray(S0, dtype),
+                     d_k ** -0.5 if scale is None else scale, boundaries, key_head, (B, L))
+
+
+def checked(q, k, v, *, g, beta, S0_shape, head_order, cu_seqlens):
+    """Sequence boundaries (N_seq + 1,), key heads (H_v,) and the shape of the state; raises InputError with the remedy.
+
+    Only the shapes of the arrays are read: they may be on a device.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise InputError(f"{name} has shape {x.shape}; it must be (B, L, heads, head size)")
@@ -44,17 +65,9 @@ def arguments(q, k, v, *, g, beta, S0, scale, head_order, cu_seqlens):
     key_head = value_to_key_head(H_k, H_v, head_order)
     boundaries = sequence_boundaries(B, L, cu_seqlens)
     state_shape = (len(boundaries) - 1, H_v, d_k, d_v)
-    dtype = np.result_type(q, k, v, g, beta, np.float32, *(() if S0 is None else (S0,)))
-    if S0 is None:
-        S0 = np.zeros(state_shape, dtype)
-    elif np.shape(S0) != state_shape:
-        raise InputError(f"S0 has shape {np.shape(S0)}; it must be (N_seq, H_v, d_k, d_v) = {state_shape}")
-
-    def flat(x):
-        return x.reshape(B * L, *x.shape[2:]).astype(dtype, copy=False)
-
-    return Arguments(*map(flat, (q, k, v, g, beta)), np.asarray(S0, dtype),
-                     d_k ** -0.5 if scale is None else scale, boundaries, key_head, (B, L))
+    if S0_shape is not None and S0_shape != state_shape:
+        raise InputError(f"S0 has shape {S0_shape}; it must be (N_seq, H_v, d_k, d_v) = {state_shape}")
+    return boundaries, key_head, state_shape
 
 
 def gradient_shapes(dq, dk, dv, dg, dbeta, args):

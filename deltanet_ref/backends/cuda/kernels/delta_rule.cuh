@@ -1,0 +1,52 @@
+// What the kernels of the gated delta rule share: where a chunk lies, and the numbers of its gates.
+#pragma once
+
+#include "tiles.cuh"
+
+constexpr int BLOCKS = CHUNK / 16;  // blocks of 16 tokens in a chunk
+
+// ---- where things are
+
+// The tokens of a packed sequence, and the index of its first chunk among those of all sequences.
+struct Sequence {
+    int start, stop, first_chunk;
+    __device__ __forceinline__ Sequence(const int* cu_seqlens, const int* first_chunks, int n)
+        : start(cu_seqlens[n]), stop(cu_seqlens[n + 1]), first_chunk(first_chunks[n]) {}
+    __device__ __forceinline__ int chunks() const { return (stop - start + CHUNK - 1) / CHUNK; }
+    __device__ __forceinline__ int token(int chunk) const { return start + chunk * CHUNK; }
+    __device__ __forceinline__ int filled(int chunk) const { return min(CHUNK, stop - token(chunk)); }
+};
+
+__device__ __forceinline__ int key_head(int head, int H_k, int H_v, int tiled) {
+    return tiled ? head % H_k : head / (H_v / H_k);
+}
+
+// The row of `width` numbers of a token and head, in an array (tokens, heads, width).
+template <class T>
+__device__ __forceinline__ T* row_of(T* x, int token, int heads, int head, int width) {
+    return x + (static_cast<long long>(token) * heads + head) * width;
+}
+
+// The matrix of `size` numbers of a chunk or sequence and head, in an array (n, heads, size).
+template <class T>
+__device__ __forceinline__ T* matrix_of(T* x, int n, int heads, int head, int size) {
+    return x + (static_cast<long long>(n) * heads + head) * size;
+}
+
+// ---- the gates of a chunk: five arrays of CHUNK floats
+
+// gc [wy.1] is the unevaluated sum high + low, to 2^-48 of the largest sum: differences of large sums are as accurate as
+// float32 can write them.
+enum { GC_HIGH, GC_LOW, DECAY, TAIL, BETA, GATES };
+
+// exp(high + low)
+__device__ __forceinline__ float exp_of_sum(float high, float low) {
+    const float y = expf(high);
+    return fmaf(y, low, y);
+}
+
+// exp(gc_i - gc_j) for i >= j [wy.2]. The difference is formed before the exponential: exp(gc_i) exp(-gc_j) overflows.
+__device__ __forceinline__ float decay_ratio(const float* gates, int i, int j) {
+    const float high = gates[GC_HIGH * CHUNK + i] - gates[GC_HIGH * CHUNK + j];
+    return expf(high + (gates[GC_LOW * CHUNK + i] - gates[GC_LOW * CHUNK + j]));
+}
