@@ -39,6 +39,12 @@ KINDS = {
     "element-wise": "",
 }
 
+HF_TARGETS = [
+    *("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+]
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -186,21 +192,7 @@ def hf_peft(shape, type, tokens, checkpoint, threads):
 
     torch.set_num_threads(threads)
     model = Qwen3_5ForCausalLM(Qwen3_5TextConfig.from_dict(hf_config(config_of(shape), "float32")))
-    targets = [
-        "in_proj_qkv",
-        "in_proj_z",
-        "in_proj_a",
-        "in_proj_b",
-        "out_proj",
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ]
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=HF_TARGETS))
     if checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
         model.enable_input_require_grads()
