@@ -25,14 +25,16 @@ class StoredTensors(Protocol):
     """Optional capability `stored`: tensors in the types of a GGUF file, on the backend.
 
     A tensor is anything with raw (its bytes, a NumPy array), type (gguf.GGMLQuantizationType) and shape, rows first.
+    Results have the dtype of x or dy.
     """
 
     few_rows: int  # up to this many rows of x, the stored form is faster than a decoded copy that is kept
 
     def decodes(type, shape) -> bool: ...  # whether the products take such a tensor
+    def resident(tensor): ...  # the same tensor with raw where the products read it: on the device
     def dequantize(raw, type, shape, dtype=np.float32) -> Array: ...  # any type that formats.quants decodes
-    def linear_forward(x: Array, tensors: list) -> list: ...  # x w^T for each tensor w; float32
-    def linear_backward_input(dy: Array, tensor) -> Array: ...  # dy w; float32
+    def linear_forward(x: Array, tensors: list) -> list: ...  # x w^T for each tensor w
+    def linear_backward_input(dy: Array, tensor) -> Array: ...  # dy w
 
 
 class Backend(Protocol):

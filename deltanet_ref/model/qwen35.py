@@ -40,6 +40,19 @@ class ForwardCache(NamedTuple):
     options: dict             # of all blocks: shared, cu_seqlens
 
 
+class Same:
+    """An object as part of a key: equal to itself alone. It keeps the object, so that no other one gets its id."""
+
+    def __init__(self, it):
+        self.it = it
+
+    def __eq__(self, other):
+        return isinstance(other, Same) and self.it is other.it
+
+    def __hash__(self):
+        return id(self.it)
+
+
 class HeadRows:
     """The head as linear_cross_entropy takes it: rows are decoded on request."""
 
@@ -229,9 +242,10 @@ class Qwen35:
         if self.backend.run_step is None or trained is None or self._observed:
             loss, grads = step(packed.tokens, targets)
         else:
-            step.arrays = [x for a in self.adapters.values() for x in a.adapter.tensors.values()]   # their ids stay
-            key = (self.weights, self.weights.version, keep, packed.cu_seqlens.tobytes(), (targets >= 0).tobytes(),
-                   *((id(a.adapter), a.scale, a.trainable) for a in self.adapters.values()), *map(id, step.arrays))
+            attached = list(self.adapters.values())
+            arrays = [x for a in attached for x in a.adapter.tensors.values()]
+            key = (Same(self.weights), self.weights.version, keep, packed.cu_seqlens.tobytes(),
+                   (targets >= 0).tobytes(), *((a.scale, a is trained) for a in attached), *map(Same, arrays))
             loss, grads = self.backend.run_step(key, dict(tokens=packed.tokens, targets=targets), step)
         return float(loss), grads
 

@@ -18,6 +18,10 @@ import numpy as np
 ALIGNMENT = 512  # of every array, as in CuPy's pool
 
 
+class NotRepeatable(RuntimeError):
+    """A step does something that depends on its inputs and not only on its shape."""
+
+
 class Allocation(NamedTuple):
     """Bytes that were needed from one moment to another; moments count allocations and frees."""
 
@@ -128,11 +132,11 @@ class Arena:
         with self.xp.cuda.using_allocator(allocator.malloc):
             yield
         if self._next != len(self.plan.offsets):
-            raise RuntimeError(f"the step made {self._next} allocations, {len(self.plan.offsets)} were planned")
+            raise NotRepeatable(f"the step made {self._next} allocations, {len(self.plan.offsets)} were planned")
 
     def _malloc(self, size, device):
         number, self._next = self._next, self._next + 1
         planned = self.plan.allocations[number].size if number < len(self.plan.allocations) else None
         if size != planned:
-            raise RuntimeError(f"allocation {number} of the step is of {size} bytes, {planned} were planned")
+            raise NotRepeatable(f"allocation {number} of the step is of {size} bytes, {planned} were planned")
         return self.memory.ptr + self.plan.offsets[number]

@@ -15,11 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltanet_ref.backends.cuda.arena import Arena, plan, recording
-
-
-class NotRepeatable(RuntimeError):
-    """The step does something that depends on its inputs and not only on its shape."""
+from deltanet_ref.backends.cuda.arena import Arena, NotRepeatable, plan, recording
 
 
 class Input(NamedTuple):

@@ -59,5 +59,5 @@ from deltanet_ref.ops import dtypes, embedding_backward, embedding_forward, rope
 
 keep_freed_memory()
 name, device, run_step = "numba", None, None
-stored = SimpleNamespace(few_rows=FEW, decodes=decodes, dequantize=dequantize, linear_forward=stored_linear_forward,
-                         linear_backward_input=stored_linear_backward_input)
+stored = SimpleNamespace(few_rows=FEW, decodes=decodes, resident=lambda tensor: tensor, dequantize=dequantize,
+                         linear_forward=stored_linear_forward, linear_backward_input=stored_linear_backward_input)
