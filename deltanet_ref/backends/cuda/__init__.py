@@ -17,7 +17,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from deltanet_ref.backends.cuda import quants
 from deltanet_ref.backends.cuda.device import Device
+from deltanet_ref.backends.cuda.graph import Steps
 from deltanet_ref.errors import InputError
 
 # module -> the operators in it
@@ -55,8 +57,9 @@ def backend_of(device: Device, name: str, description: str) -> SimpleNamespace:
         dtypes={"float32": np.dtype(np.float32), "bfloat16": device.bf16},
         device=description,
         set_threads=None,
-        stored=None,
+        stored=quants.stored(device),
         delta_layer_step=None,
+        run_step=Steps(device).run,
     )
 
 

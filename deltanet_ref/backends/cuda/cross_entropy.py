@@ -70,7 +70,7 @@ def linear_cross_entropy_forward(device, x, w, labels, *, ignore_index=-100, cou
         raise InputError(f"x has {x.shape[1]} features and the rows of w {first.shape[1]}: w must be (V, {x.shape[1]})")
     kept, count = kept_rows(labels, len(x), len(w), ignore_index, count)
     x, place = _kept(device, x, kept)
-    labels = device.upload(labels[kept], np.int32)
+    labels = device.upload(labels, np.int32, take=kept)
     n, D = x.shape
     peak, total, label_logit, surprise = (device.empty(n, np.float32) for _ in range(4))
     weighted = device.empty((n, D), np.float32) if need_gradient else None

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class Device:
     def __init__(self, xp):
         self.xp = xp
         self._modules, self._functions = {}, {}
+        self._uploads = None
 
     @functools.cached_property
     def bf16(self) -> np.dtype:
@@ -53,9 +55,24 @@ class Device:
         """x itself if it is in C order, or a copy that is."""
         return x if x.flags.c_contiguous else self.xp.ascontiguousarray(x)
 
-    def upload(self, host_array, dtype=None):
-        """A NumPy array, or anything that becomes one, as an array of the device."""
-        return self.xp.asarray(np.asarray(host_array, dtype, order="C"))
+    def upload(self, host_array, dtype=None, take=None):
+        """A NumPy array, or anything that becomes one, as an array of the device.
+
+        take: an index, applied on the host. An input of a step that becomes a graph (graph.py) must arrive here whole,
+        and with take what the step needs of it, so that it can be uploaded again.
+        """
+        if self._uploads is not None:
+            return self._uploads(host_array, dtype, take)
+        return self.xp.asarray(np.array(host_array if take is None else host_array[take], dtype, order="C"))
+
+    @contextmanager
+    def uploading(self, uploads):
+        """Inside the with block upload is uploads, called with the same arguments."""
+        self._uploads = uploads
+        try:
+            yield
+        finally:
+            self._uploads = None
 
     # ---- matrix products
 

@@ -26,6 +26,7 @@ def stored(device):
     return SimpleNamespace(
         few_rows=FEW_ROWS,
         decodes=decodes,
+        resident=functools.partial(resident, device),
         dequantize=functools.partial(dequantize, device),
         linear_forward=functools.partial(stored_linear_forward, device),
         linear_backward_input=functools.partial(stored_linear_backward_input, device),

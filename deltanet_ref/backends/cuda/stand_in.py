@@ -494,7 +494,7 @@ def _device_arrays(*operands):
 def _unwrapped_index(index):
     if isinstance(index, tuple):
         return tuple(map(_unwrapped_index, index))
-    if isinstance(index, ndarray):
+    if isinstance(index, ndarray | np.ndarray | list):
         _refuse_in_capture("an array is indexed by an array")
     return _host(index)
 

@@ -15,6 +15,7 @@
 
 constexpr int THREADS = 128;
 constexpr int PAST = TAPS - 1;  // inputs before a token that it reads
+constexpr int WIDE = VECTOR * TAPS % 4 == 0 ? 4 : 1;  // floats of one access to a thread's taps
 
 // A packed sequence: tokens start .. end - 1.
 struct Sequence {
@@ -68,7 +69,6 @@ struct Taps {
 
     // w of this thread's channels: VECTOR K floats
     __device__ __forceinline__ void read(const float* w) {
-        constexpr int WIDE = VECTOR * TAPS % 4 == 0 ? 4 : 1;
         float* flat = &value[0][0];
 #pragma unroll
         for (int i = 0; i < VECTOR * TAPS; i += WIDE) {
@@ -225,9 +225,13 @@ causal_conv1d_backward(const REAL* __restrict__ dy, const REAL* __restrict__ dst
     }
     if (dw_parts) {
         float* part = dw_parts + ((long long)blockIdx.y * channels + channel) * TAPS;
+        const float* dw = &backward.dw[0][0];
 #pragma unroll
-        for (int j = 0; j < VECTOR; ++j)
+        for (int i = 0; i < VECTOR * TAPS; i += WIDE) {
+            Pack<float, WIDE> values;
 #pragma unroll
-            for (int i = 0; i < TAPS; ++i) part[j * TAPS + i] = backward.dw[j][i];
+            for (int j = 0; j < WIDE; ++j) values.set(j, dw[i + j]);
+            store(part + i, values);
+        }
     }
 }
