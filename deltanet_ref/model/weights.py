@@ -50,7 +50,7 @@ class Weights(Mapping):
         """A dense tensor, or one stored in the dtype it is used in, as an array of the backend; others as they are."""
         dtype = self._dtypes[name]
         if isinstance(tensor, GGUFTensor):
-            unchanged = quants.PLAIN.get(tensor.type) == dtype
+            unchanged = tensor.type in quants.PLAIN and quants.PLAIN[tensor.type] == dtype
             copied = self.backend.device is not None and tensor.type in UNQUANTISED      # to the device in any case
             if not (unchanged or copied):
                 return tensor

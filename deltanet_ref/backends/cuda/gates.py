@@ -88,7 +88,7 @@ def _decay_gate_blocks(a):
 def sigmoid_gate_forward(device, o, gate):
     """y = o * sigmoid(gate), cache: as ops.sigmoid_gate_forward."""
     if gate.shape != o.shape:
-        raise InputError(f"the gate has shape {gate.shape}; it must be that of o, {o.shape}")
+        raise InputError(f"o has shape {o.shape} and its gate {gate.shape}; they must be the same")
     y = device.empty(o.shape, real(device, o, gate))
     cache = SigmoidGateCache(o, gate)
     _sigmoid_gate(device, "sigmoid_gate_forward", cache, [device.contiguous(o)], [y])

@@ -97,6 +97,34 @@ __device__ __forceinline__ void scores(Block (&s)[N], Tile<REAL> x, int first_ro
     multiply_rows<REAL, Shape::FULL, BLOCKS>(s, [&](int b) { return left_rows(x, first_row, 16 * b); }, y);
 }
 
+// d += x y with the bits of d += y^T x^T: of the three TF32 products, that with the low half of y comes first.
+__device__ __forceinline__ void multiply_mirrored(Block& d, const Left<float>& x, const Right<float>& y) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            mma_tf32(d.x[n], x.high[k], y.low[n][k]);
+            mma_tf32(d.x[n], x.low[k], y.high[n][k]);
+            mma_tf32(d.x[n], x.high[k], y.high[n][k]);
+        }
+}
+__device__ __forceinline__ void multiply_mirrored(Block& d, const Left<__nv_bfloat16>& x, const Right<__nv_bfloat16>& y) {
+    multiply(d, x, y);
+}
+
+// The same as scores with the roles exchanged: x has the keys. A score must have the bits that it had in the forward,
+// because P is formed from it with the forward's peak: where P is near 1 they are the same score, and its rounding cancels.
+template <int N>
+__device__ __forceinline__ void mirrored_scores(Block (&s)[N], Tile<REAL> x, int first_row, Tile<REAL> y) {
+    clear(s);
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+        const Left<REAL> factor = left_rows(x, first_row, 16 * b);
+#pragma unroll
+        for (int n = 0; n < N; ++n) multiply_mirrored(s[n], factor, right_rows(y, 16 * n, 16 * b));
+    }
+}
+
 // sum += s y
 template <int N>
 __device__ __forceinline__ void add_product(Block (&sum)[BLOCKS], const Block (&s)[N], Tile<REAL> y) {
@@ -313,7 +341,7 @@ softmax_attention_dkv(const REAL* dO, const REAL* q, const REAL* k, const REAL* 
         __syncthreads();     // everybody's has; and the other buffers, and `passed`, have been read
         if (step + 1 < steps) start_copy(step + 1);
         Block S[DKV_QUERIES / 16];
-        scores(S, of_dv ? K : V, warp_row, of_dv ? Q_now : DO_now);          // k_j . q_i or dP_ji = v_j . do_i
+        mirrored_scores(S, of_dv ? K : V, warp_row, of_dv ? Q_now : DO_now); // k_j . q_i or dP_ji = v_j . do_i
         int place_of_score = lane;                                           // the next number's in `passed`
         const long long row_of_head = static_cast<long long>(h) * tokens + of.query;
         if (of_dv)
