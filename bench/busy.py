@@ -98,7 +98,7 @@ def work(threads):
 
     import deltanet_ref as dr
     from deltanet_ref.demo.demo import MODEL
-    from deltanet_ref.train.adamw import AdamW, clip_by_global_norm
+    from deltanet_ref.train.adamw import AdamW
 
     model = dr.load_model(MODEL)
     adapter = dr.new_adapter(model, rank=RANK, seed=0)
@@ -108,8 +108,7 @@ def work(threads):
     def step(length):
         tokens = np.random.default_rng(length).integers(0, model.config.vocab_size, (1, length))
         loss, gradients = model.loss_and_grads(tokens, tokens, wrt="lora")
-        clip_by_global_norm(gradients, 1.0)
-        optimizer.step(adapter.tensors, gradients, 1e-4)
+        optimizer.step(adapter.tensors, gradients, 1e-4, 1.0)
         return float(loss)
 
     print(json.dumps([step(length) for length in LENGTHS * 2]), flush=True)  # compiles, too

@@ -160,7 +160,7 @@ def ours(shape, type, tokens, checkpoint, threads):
 
     import deltanet_ref as dr
     from deltanet_ref.lora.adapter import new_adapter
-    from deltanet_ref.train.adamw import AdamW, clip_by_global_norm
+    from deltanet_ref.train.adamw import AdamW
 
     model = dr.load_model(random_gguf(shape, type), backend="numba", weights="mapped")
     adapter = new_adapter(model, RANK, ALPHA)
@@ -169,8 +169,7 @@ def ours(shape, type, tokens, checkpoint, threads):
 
     def step():
         loss, grads = model.loss_and_grads(tokens, tokens, wrt="lora", keep="inputs" if checkpoint else "products")
-        clip_by_global_norm(grads, 1.0)
-        optimizer.step(adapter.tensors, grads, LR)
+        optimizer.step(adapter.tensors, grads, LR, 1.0)
         return loss
 
     def details():

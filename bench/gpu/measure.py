@@ -165,7 +165,7 @@ def step(engine: Engine, path: str, length: int, sequences: int, graphs: bool, s
     """A LoRA step (rank 16, all linear layers, all tokens trained, bfloat16): forward, backward, clipping, AdamW."""
     import deltanet_ref as dr
     from deltanet_ref.lora.adapter import new_adapter
-    from deltanet_ref.train.adamw import AdamW, clip_by_global_norm
+    from deltanet_ref.train.adamw import AdamW
 
     model = dr.load_model(path, backend=engine.backend.name, dtype="bfloat16")
     model.backend.run_step.__self__.graphs = graphs
@@ -178,8 +178,7 @@ def step(engine: Engine, path: str, length: int, sequences: int, graphs: bool, s
         tokens = rng.integers(0, model.config.vocab_size, (sequences, length))
         start = time.perf_counter()
         loss, grads = model.loss_and_grads(tokens, tokens, wrt="lora", keep="everything")
-        clip_by_global_norm(grads, 1.0, model.backend)
-        optimizer.step(adapter.tensors, grads, 1e-4)
+        optimizer.step(adapter.tensors, grads, 1e-4, 1.0)
         engine.xp.cuda.get_current_stream().synchronize()
         seconds.append(time.perf_counter() - start)
         losses.append(float(loss))

@@ -54,6 +54,7 @@ class Backend(Protocol):
     stored: StoredTensors | None  # None: formats.quants decodes a tensor, linear_* multiply it
     delta_layer_step: Callable | None  # one token of a delta layer between projections. None: the operators
     run_step: Callable | None  # runs a training step, again and again. None: the step is called
+    clipped_adamw_update: Callable | None  # norm, clipping and AdamW of one array. None: train.adamw computes them
 
     # ---- operators
     def adamw_update(p, g, m, v, *, t, lr, betas, eps, weight_decay): ...
@@ -107,12 +108,19 @@ def _set_threads(n): ...
 
 
 def _run_step(key, inputs, step):
-    """step(**inputs), which returns tuples, lists and dicts of arrays; possibly recorded and replayed.
+    """step(**inputs), which returns tuples and lists of arrays and of dicts of them; possibly recorded and replayed.
 
     key     hashable: all that the step depends on besides the numbers in inputs; shapes and the places of negative
             numbers in them included
     inputs  name -> integer NumPy array
     step    reads nothing back from the device
+    """
+
+
+def _clipped_adamw_update(p, g, m, v, *, t, lr, betas, eps, weight_decay, limit):
+    """|g|, a float; adamw_update with min(1, limit / (|g| + 1e-6)) g, but nothing is changed if |g| is not finite.
+
+    limit  None: g is not clipped
     """
 
 
@@ -122,6 +130,7 @@ OPTIONAL = {
     "stored": StoredTensors,
     "delta_layer_step": _delta_layer_step,
     "run_step": _run_step,
+    "clipped_adamw_update": _clipped_adamw_update,
 }
 OPERATORS = tuple(
     name for name, member in vars(Backend).items() if inspect.isfunction(member) and not name.startswith("_")

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from deltanet_ref import ops
+from deltanet_ref.backends.packed import PackedArrays
 from deltanet_ref.errors import InputError
 
 
@@ -23,26 +24,55 @@ class AdamW:
         self.t = 0
         self.m, self.v = {}, {}
 
-    def step(self, parameters: dict, gradients: dict, lr: float) -> None:
-        """Update every array of parameters in place. Raises InputError if the two dictionaries have different names."""
+    def step(self, parameters: dict, gradients: dict, lr: float, limit: float | None = None) -> float:
+        """Update every array of parameters in place, with gradients clipped by their global norm.
+
+        limit    as of clip_by_global_norm, which may scale the gradients in place
+        returns  their global 2-norm before clipping; if it is not finite, nothing is updated
+
+        A backend with clipped_adamw_update updates all arrays at once: they become views of one array, and the entries
+        of parameters are replaced by these views in the first step.
+
+        Raises InputError if the two dictionaries have different names.
+        """
         if parameters.keys() != gradients.keys():
             odd = sorted(parameters.keys() ^ gradients.keys())
             raise InputError(f"parameters and gradients must have the same names; only one has {', '.join(odd)}")
+        decay = {name: self.weight_decay if self.decays(name, p) else 0.0 for name, p in parameters.items()}
         self.t += 1
+        options = dict(t=self.t, lr=lr, betas=self.betas, eps=self.eps)
+        if self.backend.clipped_adamw_update is not None and len(set(decay.values())) == 1:
+            norm = self._step_at_once(parameters, gradients, next(iter(decay.values())), limit, options)
+        else:
+            norm = clip_by_global_norm(gradients, limit, self.backend)
+            if math.isfinite(norm):
+                self._step_each(parameters, gradients, decay, options)
+        if not math.isfinite(norm):
+            self.t -= 1
+        return norm
+
+    def _step_each(self, parameters, gradients, decay, options):
         for name, p in parameters.items():
             if name not in self.m:
                 self.m[name], self.v[name] = (self.backend.xp.zeros_like(p) for _ in "mv")
             self.backend.adamw_update(
-                p,
-                gradients[name],
-                self.m[name],
-                self.v[name],
-                t=self.t,
-                lr=lr,
-                betas=self.betas,
-                eps=self.eps,
-                weight_decay=self.weight_decay if self.decays(name, p) else 0.0,
+                p, gradients[name], self.m[name], self.v[name], weight_decay=decay[name], **options
             )
+
+    def _step_at_once(self, parameters, gradients, decay, limit, options):
+        xp = self.backend.xp
+        gradients = PackedArrays.of(xp, gradients)
+        layout = gradients.layout
+        if not isinstance(self.m, PackedArrays):
+            self.m, self.v = (PackedArrays.zeros(xp, layout, gradients.whole.dtype) for _ in "mv")
+            self._packed = None
+        if self._packed is None or any(parameters[name] is not view for name, view in self._packed.items()):
+            self._packed = PackedArrays.of(xp, {name: parameters[name] for name, _ in self.m.layout})
+            parameters.update(self._packed)
+        if layout != self.m.layout:  # the same arrays in another order
+            gradients = PackedArrays.of(xp, {name: gradients[name] for name, _ in self.m.layout})
+        arrays = (x.whole for x in (self._packed, gradients, self.m, self.v))
+        return self.backend.clipped_adamw_update(*arrays, weight_decay=decay, limit=limit, **options)
 
 
 def clip_by_global_norm(gradients: dict, limit: float | None, backend=ops) -> float:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 from deltanet_ref.errors import InputError
-from deltanet_ref.train.adamw import clip_by_global_norm
 from deltanet_ref.train.memory import peak_memory
 
 
@@ -75,7 +74,7 @@ def fit(
     parameters      name -> array, updated in place
     loss_and_grads  batch -> (mean loss over the batch.kept trained tokens, name -> its gradient, fresh arrays)
     batches         iterable of Batch with at least steps * accumulation items
-    optimizer       has .step(parameters, gradients, learning rate), as AdamW
+    optimizer       has .step(parameters, gradients, learning rate, clip), as AdamW
     schedule        step (1 .. steps) -> learning rate
     clip            maximum global gradient norm, or None
     accumulation    batches per step; the mean is over all their trained tokens, as if they were one batch
@@ -105,13 +104,11 @@ def fit(
             start = time.perf_counter()
             micro = list(itertools.islice(batches, accumulation))
             loss, gradients = _mean_loss_and_grads(loss_and_grads, micro, iteration)
-            norm = clip_by_global_norm(gradients, clip, optimizer.backend)
-            if not math.isfinite(norm):
+            learning_rate = schedule(iteration)
+            if not math.isfinite(optimizer.step(parameters, gradients, learning_rate, clip)):
                 raise Diverged(
                     f"the gradient is not finite at iteration {iteration} (loss {loss:.4g}): lower the learning rate"
                 )
-            learning_rate = schedule(iteration)
-            optimizer.step(parameters, gradients, learning_rate)
             del gradients  # otherwise they would be kept until those of the next step exist
 
             kept, tokens = sum(b.kept for b in micro), sum(b.tokens.size for b in micro)
@@ -149,6 +146,8 @@ def _mean_loss_and_grads(loss_and_grads, micro, iteration):
         loss, gradients = loss_and_grads(batch)
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at iteration {iteration}: lower the learning rate")
+        if len(micro) == 1:
+            return loss, gradients
         weight = batch.kept / kept
         mean += weight * float(loss)
         for name, gradient in gradients.items():

@@ -1,7 +1,7 @@
 """The delta rule of the CUDA backend as the conformance kit calls it: NumPy arrays in and out, kernels in the emulator.
 
-    python -m deltanet_ref check tests.cuda.kit:forward --backward tests.cuda.kit:backward --packed
-    python -m deltanet_ref check tests.cuda.kit:forward_bf16 --backward tests.cuda.kit:backward_bf16 --packed --dtype bfloat16
+python -m deltanet_ref check tests.cuda.kit:forward --backward tests.cuda.kit:backward --packed
+python -m deltanet_ref check tests.cuda.kit:forward_bf16 --backward tests.cuda.kit:backward_bf16 --packed --dtype bfloat16
 """
 
 import functools

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from deltanet_ref.backends.cuda import quants
+from deltanet_ref.backends.cuda.adamw import clipped_adamw_update
 from deltanet_ref.backends.cuda.device import Device
 from deltanet_ref.backends.cuda.graph import Steps
 from deltanet_ref.errors import InputError
@@ -60,6 +61,7 @@ def backend_of(device: Device, name: str, description: str) -> SimpleNamespace:
         stored=quants.stored(device),
         delta_layer_step=None,
         run_step=Steps(device).run,
+        clipped_adamw_update=functools.partial(clipped_adamw_update, device),
     )
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deltanet_ref.backends.cuda.arena import Arena, NotRepeatable, plan, recording
+from deltanet_ref.backends.packed import PackedArrays
 
 
 class Input(NamedTuple):
@@ -87,11 +88,12 @@ class Graph:
 
     def __init__(self, device, inputs: dict, step: Callable):
         """Records the step and captures it on the current stream, where it must have run before: it may not compile,
-        load libraries, or decode weights any more. step(**inputs) -> tuples, lists and dicts of device arrays."""
+        load libraries, or decode weights any more. step(**inputs) -> tuples and lists of device arrays, and of
+        dicts of arrays of one dtype, which become PackedArrays."""
         self.inputs = {name: np.array(array, order="C") for name, array in inputs.items()}
         self._uploads = Uploads(device, self.inputs)
         with device.uploading(self._uploads), recording(device.xp) as recorder:
-            results = step(**self.inputs)
+            results = _packed(device.xp, step(**self.inputs))
         self.plan = plan(recorder.allocations)  # the results live on
         del results
         self._arena = Arena(device.xp, self.plan)
@@ -102,7 +104,7 @@ class Graph:
         with device.uploading(self._uploads), self._arena.handing_out():
             stream.begin_capture()
             try:
-                self._results = step(**self.inputs)
+                self._results = _packed(device.xp, step(**self.inputs))
             finally:  # a stream that still captures could not be used any more
                 self._graph = stream.end_capture()
 
@@ -125,9 +127,14 @@ def _disturb(array):
     array[kept] = array[kept][::-1]
 
 
-def _copied(x):
+def _packed(xp, x):
+    """The same with each dict of arrays packed: to copy it takes one launch."""
     if isinstance(x, dict):
-        return {name: _copied(value) for name, value in x.items()}
+        return PackedArrays.of(xp, x)
+    return type(x)(_packed(xp, value) for value in x) if isinstance(x, tuple | list) else x
+
+
+def _copied(x):
     if isinstance(x, tuple | list):
         return type(x)(map(_copied, x))
     return x.copy() if hasattr(x, "copy") else x

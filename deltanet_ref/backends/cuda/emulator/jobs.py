@@ -1,10 +1,10 @@
 """Records launches and runs them again in processes of their own: under sanitizers, with a barrier switched off.
 
-    with recording() as launches:
-        library.launch(...)
-    run(launches, "thread").findings            # races
-    run(launches, "address").findings           # bounds, alignment
-    switch_off_each(launches)                   # site -> what noticed that it was missing, or None
+with recording() as launches:
+    library.launch(...)
+run(launches, "thread").findings            # races
+run(launches, "address").findings           # bounds, alignment
+switch_off_each(launches)                   # site -> what noticed that it was missing, or None
 """
 
 import ctypes
@@ -338,7 +338,9 @@ def switch_off_each(launches: Sequence[Launch], seeds: Sequence[int] = SEEDS) ->
     for launch, outcomes in zip(launches, by_launch):
         for seed, outcome in zip(seeds, outcomes):
             if outcome.state != "expected":
-                raise KernelError(f"{launch.name}, seed {seed}, nothing switched off: {outcome.state} {outcome.message}")
+                raise KernelError(
+                    f"{launch.name}, seed {seed}, nothing switched off: {outcome.state} {outcome.message}"
+                )
             if outcome.digest != outcomes[0].digest:
                 raise KernelError(f"the results of {launch.name} depend on the order of threads (seed {seed}): a race")
     cheap_first = sorted(range(len(launches)), key=lambda i: by_launch[i][0].seconds)
