@@ -43,7 +43,7 @@ class Weights(Mapping):
         self._stored = {name: self._plain(name, tensor) for name, tensor in stored.items()}
         self._kept = dict.fromkeys(self._to_keep(mode))          # name -> array, None until it is needed
         self.version = 0                                         # counts replacements of tensors
-        self._resident = {}                                      # name -> stored tensor as the backend's products read it
+        self._resident = {}                                      # name -> stored tensor where products read it
         self._checked = set()                                    # names of tensors known to be finite
 
     def _plain(self, name, tensor):

@@ -7,12 +7,15 @@ more often (sums of gradients, the matrices of a chunk, the probabilities of att
 less than the largest move does. Limit: 2 floors; measured: 1.2 at most, 1.0 in the median.
 """
 
+import re
+
 import numpy as np
 import pytest
 
 import deltanet_ref as dr
 from deltanet_ref import backends, ops
 from deltanet_ref.backends import cuda, interface
+from deltanet_ref.backends.cuda import stand_in
 from deltanet_ref.cli.main import main
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.gguf import read_gguf
@@ -199,7 +202,7 @@ def test_a_quantised_model_computes_with_its_decoded_weights(backend, dtype, mod
 def test_cuda_without_its_packages_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(cuda, "find_spec", lambda name: None)
     cuda.card.cache_clear()
-    with pytest.raises(InputError, match=r"needs cupy and ml_dtypes.*pip install 'deltanet_ref\[cuda13\]'"):
+    with pytest.raises(InputError, match=r"needs packages.*cupy and ml_dtypes: pip install 'deltanet_ref\[cuda13\]'"):
         dr.get_backend("cuda")
     assert main(["generate", str(FIXTURES / MODEL), "-p", "x", "--backend", "cuda"]) == 2
     error = capsys.readouterr().err.strip()
@@ -229,3 +232,28 @@ def test_a_dtype_that_a_backend_does_not_have_is_refused():
             dr.load_model(FIXTURES / MODEL, backend=name, dtype=dtype)
     with pytest.raises(InputError, match="'float16' is unknown: use 'float32' or 'bfloat16'"):
         dr.load_model(FIXTURES / MODEL, backend="cuda-emulated", dtype="float16")
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("share", [0.6, 0.3])
+def test_out_of_memory_says_what_would_have_fitted(backend, monkeypatch, share):
+    """And it is true: that many tokens fit, and those that did not are more."""
+    model = load(backend, "float32")
+    adapter = attach(model)
+    ids = np.resize(IDS, (1, 400))
+    monkeypatch.setattr(backend, "run_step", None)
+    needed, _ = backend.memory_of(lambda: model.loss_and_grads(ids, ids, wrt="lora"))
+    used = sum(block.size for block in stand_in.Memory.blocks)
+    monkeypatch.setattr(stand_in.Memory, "total", int(used + share * needed))
+    with pytest.raises(
+        MemoryError, match="a step of 400 tokens needs about .* GB are free; about .* tokens fit"
+    ) as error:
+        dr.train(model, adapter, [Example(ids[0], ids[0], "")], steps=1)
+    fitting, checkpointed = (int(n) for n in re.findall(r"about (\d+) tokens fit", str(error.value)))
+    assert share * 300 < fitting < checkpointed <= 400
+    for n, keep in ((fitting - 16, "products"), (checkpointed - 16, "inputs")):
+        model.loss_and_grads(ids[:, :n], ids[:, :n], wrt="lora", keep=keep)
+    with pytest.raises(MemoryError):
+        model.loss_and_grads(ids[:, : fitting + 32], ids[:, : fitting + 32], wrt="lora", keep="products")
