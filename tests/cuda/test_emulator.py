@@ -183,8 +183,8 @@ def test_lanes_that_are_not_there_give_poison(library):
     assert np.isnan(out[39, 2])  # lane 7 of 8 asked for lane 8
 
 
-# A product of small integers is exact: only the layouts are tested. Registers that hold another row than they should make
-# another product, as `swapped` shows.
+# A product of small integers is exact: only the layouts are tested. Registers that hold another row than they should
+# make another product, as `swapped` shows.
 @pytest.mark.parametrize(("name", "k"), [("product_bf16", 16), ("product_tf32", 8)])
 @pytest.mark.parametrize("seed", [0, 5])
 def test_fragments_have_the_layout_of_the_ptx_isa(library, name, k, seed):

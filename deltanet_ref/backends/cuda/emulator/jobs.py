@@ -208,7 +208,7 @@ def execute(tasks: Sequence[Task], build: str) -> tuple[list[Outcome], list[Find
             task = tasks[len(outcomes)]
             if not any(finding.launch == task.number for finding in findings):
                 findings.append(Finding(_death(status), "", 0, errors[-1500:], task.number))
-            outcomes.append(Outcome("died"))
+            outcomes.append(Outcome("died", message=next(f.kind for f in findings[::-1] if f.launch == task.number)))
     findings += [
         Finding("failed", *_place(outcome.message), outcome.message, task.number)
         for task, outcome in zip(tasks, outcomes)
@@ -368,6 +368,6 @@ def switch_off_each(launches: Sequence[Launch], seeds: Sequence[int] = SEEDS) ->
         outcomes, _ = execute(tasks, build)
         for task, outcome in zip(tasks, outcomes):
             if noticed[task.off] is None and outcome.state not in ("expected", "left out"):
-                what = {"another": "other numbers", "reported": "a race"}.get(outcome.state, outcome.state)
+                what = {"another": "other numbers", "reported": "data race"}.get(outcome.state, outcome.message)
                 noticed[task.off] = f"{build}: {what} in {task.launch.name}, seed {task.seed}"
     return noticed
