@@ -53,6 +53,7 @@ class Backend(Protocol):
     set_threads: Callable | None  # n -> the number so far; the kernels' threads. None: only the BLAS is limited
     stored: StoredTensors | None  # None: formats.quants decodes a tensor, linear_* multiply it
     delta_layer_step: Callable | None  # one token of a delta layer between projections. None: the operators
+    memory_of: Callable | None  # what a step needs and could have. None: not known
     run_step: Callable | None  # runs a training step, again and again. None: the step is called
 
     # ---- operators
@@ -106,6 +107,10 @@ def _delta_layer_step(qkv, z, b, a, conv_state, S, *, conv, decay, dt_bias, norm
 def _set_threads(n): ...
 
 
+def _memory_of(step):
+    """(the most bytes that step() needs at one time, the bytes that are free for it)."""
+
+
 def _run_step(key, inputs, step):
     """step(**inputs), which returns tuples, lists and dicts of arrays; possibly recorded and replayed.
 
@@ -121,6 +126,7 @@ OPTIONAL = {
     "set_threads": _set_threads,
     "stored": StoredTensors,
     "delta_layer_step": _delta_layer_step,
+    "memory_of": _memory_of,
     "run_step": _run_step,
 }
 OPERATORS = tuple(

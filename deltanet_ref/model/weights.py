@@ -43,14 +43,14 @@ class Weights(Mapping):
         self._stored = {name: self._plain(name, tensor) for name, tensor in stored.items()}
         self._kept = dict.fromkeys(self._to_keep(mode))          # name -> array, None until it is needed
         self.version = 0                                         # counts replacements of tensors
-        self._resident = {}                                      # name -> stored tensor as the backend's products read it
+        self._resident = {}                                      # name -> stored tensor where products read it
         self._checked = set()                                    # names of tensors known to be finite
 
     def _plain(self, name, tensor):
         """A dense tensor, or one stored in the dtype it is used in, as an array of the backend; others as they are."""
         dtype = self._dtypes[name]
         if isinstance(tensor, GGUFTensor):
-            unchanged = quants.PLAIN.get(tensor.type) == dtype
+            unchanged = tensor.type in quants.PLAIN and quants.PLAIN[tensor.type] == dtype
             copied = self.backend.device is not None and tensor.type in UNQUANTISED      # to the device in any case
             if not (unchanged or copied):
                 return tensor

@@ -85,16 +85,20 @@ def _equal(a, b):
 class Graph:
     """One step of one shape, ready to launch."""
 
-    def __init__(self, device, inputs: dict, step: Callable):
+    def __init__(self, device, inputs: dict, step: Callable, memory: Callable):
         """Records the step and captures it on the current stream, where it must have run before: it may not compile,
-        load libraries, or decode weights any more. step(**inputs) -> tuples, lists and dicts of device arrays."""
+        load libraries, or decode weights any more.
+
+        step    (**inputs) -> tuples, lists and dicts of device arrays
+        memory  size -> MemoryPointer, which may be in use by other graphs
+        """
         self.inputs = {name: np.array(array, order="C") for name, array in inputs.items()}
         self._uploads = Uploads(device, self.inputs)
         with device.uploading(self._uploads), recording(device.xp) as recorder:
             results = step(**self.inputs)
         self.plan = plan(recorder.allocations)  # the results live on
         del results
-        self._arena = Arena(device.xp, self.plan)
+        self._arena = Arena(device.xp, self.plan, memory(self.plan.size))
         for array in self.inputs.values():
             _disturb(array)
         self._uploads.capture()
@@ -132,6 +136,9 @@ def _copied(x):
 class Steps:
     """Runs steps: of each shape the first as it is, the others as a graph.
 
+    All graphs share one block of memory, since only one runs at a time and its results are copied. A shape that needs a
+    larger block replaces it, and the other graphs are captured again when their shapes come next.
+
     most     graphs that are kept; the one that was not used for the longest time goes first
     refused  key -> why the step cannot be a graph; it is run as it is
     """
@@ -141,6 +148,7 @@ class Steps:
         self.device, self.graphs, self.most = device, graphs, most
         self._stream = device.xp.cuda.Stream(non_blocking=True) if graphs else None
         self._ready: dict[Hashable, Graph | None] = {}  # None: its shape has been run once
+        self._memory, self._size = None, 0
         self.refused: dict[Hashable, str] = {}
 
     def run(self, key, inputs, step):
@@ -153,12 +161,20 @@ class Steps:
             self._stream.synchronize()
         return results
 
+    def _block(self, size):
+        """MemoryPointer of at least this size, shared by all graphs."""
+        if size > self._size:
+            self._ready = dict.fromkeys(self._ready)
+            self._memory = None  # freed before the new one is allocated
+            self._memory, self._size = self.device.xp.cuda.alloc(size), size
+        return self._memory
+
     def _run(self, key, inputs, step):
         first = key not in self._ready
         graph = self._ready.pop(key, None)
         if graph is None and not first and key not in self.refused:
             try:
-                graph = Graph(self.device, inputs, step)
+                graph = Graph(self.device, inputs, step, self._block)
             except NotRepeatable as error:
                 self.refused[key] = str(error)
         self._ready[key] = graph

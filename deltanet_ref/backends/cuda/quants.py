@@ -53,7 +53,8 @@ def dequantize(device, raw, type, shape, dtype=np.float32):
     if not decodes(type, shape) or raw.nbytes != quants.stored_bytes(type, shape) or dtype == np.dtype("f8"):
         host = raw.get() if isinstance(raw, device.xp.ndarray) else raw
         wide = np.float64 if dtype == np.float64 else np.float32
-        return device.upload(quants.dequantize(host, type, shape, wide).astype(dtype, copy=False))
+        with np.errstate(invalid="ignore"):  # any file may hold NaN
+            return device.upload(quants.dequantize(host, type, shape, wide).astype(dtype, copy=False))
     y, n = device.empty(shape, dtype), math.prod(shape)
     kernel = device.kernel("dequantize", KERNELS[type], REAL=dtype, THREADS=THREADS)
     device.launch(kernel, -(-n // (WIDTH * THREADS)), THREADS, _bytes(device, raw), y, np.int64(n))

@@ -1,11 +1,12 @@
 // Cross-entropy over a vocabulary: of given logits, and of a linear map whose logits exist only a tile at a time.
 //
-// Mathematics: docs/derivations/cross-entropy.md, tags [xent.1..11]. One block of THREADS threads per row. A row's softmax
-// is kept as peak and total, both float32, as is everything else here but logits, x, w and their gradients.
+// Mathematics: docs/derivations/cross-entropy.md, tags [xent.1..11]. One block of THREADS threads per row. A row's
+// softmax is kept as peak and total, both float32, as is everything else here but logits, x, w and their gradients.
 //
 //   cross_entropy_forward, _backward   logits are given; each pass reads them once
-//   linear_cross_entropy_tile          step 2 of ops.linear_cross_entropy: a tile of logits becomes exp(logit - peak) for the
-//                                      second product, and what was summed so far is rescaled to the new peak [xent.7..9]
+//   linear_cross_entropy_tile          step 2 of ops.linear_cross_entropy: a tile of logits becomes exp(logit - peak)
+//                                      for the second product, and what was summed so far is rescaled to the new peak
+//                                      [xent.7..9]
 //   linear_cross_entropy_end, _dx      the row of dx, and its share of the loss's gradient [xent.6, xent.10]
 //   linear_cross_entropy_dlogits       a tile of logits becomes its gradient, for dw [xent.11]
 //   gather_rows, sum_rows              rows that are kept; the mean, in one fixed order
@@ -13,18 +14,18 @@
 // The logits of a tile are float32: as bfloat16 a logit of 20 would be off by up to 0.06, and so would log p.
 // A row whose label is negative is ignored: it adds 0 to the loss and its gradient is 0.
 //
-// Floor of the linear map at 8192 tokens, V 248,320, D 1024 in bfloat16: two products of 4.17 TFLOP, 11.2 ms at 747 TFLOP/s;
-// w is read once, 0.51 GB or 0.17 ms. A tile of 2048 x 2048 (16.8 MB of float32, 8.4 of bfloat16) stays in an L2 of 50 MB,
-// whose bandwidth, about 5 TB/s, then limits linear_cross_entropy_tile: 16.8 MB read twice, 8.4 written, 8.4 of `weighted`
-// read and written, 12 us beside two products of 11.5 us each: 17 ms in all. Through device memory instead the tiles would
-// be 24 GB, 8.3 ms. Not measured.
+// Floor of the linear map at 8192 tokens, V 248,320, D 1024 in bfloat16: two products of 4.17 TFLOP, 11.2 ms at
+// 747 TFLOP/s; w is read once, 0.51 GB or 0.17 ms. A tile of 2048 x 2048 (16.8 MB of float32, 8.4 of bfloat16) stays in
+// an L2 of 50 MB, whose bandwidth, about 5 TB/s (assumed), then limits linear_cross_entropy_tile: 16.8 MB read twice,
+// 8.4 written, 8.4 of `weighted` read and written, 12 us in addition to two products of 11.5 us each: 17 ms in all.
+// Through device memory instead the tiles would be 24 GB, 8.3 ms. Not measured.
 //
 // Versions: one. Macros: REAL, the type of activations; THREADS.
 #include "common.cuh"
 
 constexpr int WARPS = THREADS / WARP;
 constexpr int WIDTH = 8;                            // values of an access
-constexpr float LOWEST = -3.402823466e38f;          // below every logit but minus infinity, whose exponential it makes 0
+constexpr float LOWEST = -3.402823466e38f;  // below every logit but minus infinity, whose exponential it makes 0
 
 // f(x, i) for each number of a row, 16 bytes or more at a time where the row is aligned.
 template <class T, class F>
@@ -72,37 +73,38 @@ cross_entropy_forward(const REAL* logits, const int* labels, float* peak, float*
     __shared__ float sums[WARPS];
     const REAL* row = logits + static_cast<long long>(blockIdx.x) * V;
     float top = LOWEST, sum = 0.0f;
-    each_of_row(row, V, [&](float x, int) {                                  // 1..2  of the values that this thread reads
+    each_of_row(row, V, [&](float x, int) {                              // 1..2  of the values that this thread reads
         if (x > top) {
             sum *= expf(top - x);
             top = x;
         }
         sum += expf(x - top);
     });
-    const float highest = block_max<WARPS>(top, maxima);                     // 1  peak = max_v logit_v
-    sum = block_sum<WARPS>(sum * expf(top - highest), sums);                 // 2  total = sum_v exp(logit_v - peak)
+    const float highest = block_max<WARPS>(top, maxima);                 // 1  peak = max_v logit_v
+    sum = block_sum<WARPS>(sum * expf(top - highest), sums);             // 2  total = sum_v exp(logit_v - peak)
     if (threadIdx.x != 0) return;
     const int label = labels[blockIdx.x];
     peak[blockIdx.x] = highest;
-    total[blockIdx.x] = sum;                                                 // 3  -log p = log total + (peak - logit_label)
+    total[blockIdx.x] = sum;                                             // 3  -log p = log total + (peak - logit_label)
     surprise[blockIdx.x] = label < 0 ? 0.0f : logf(sum) + (highest - to_float(row[label]));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-cross_entropy_backward(const REAL* logits, const int* labels, const float* peak, const float* total, REAL* dlogits, int V,
-                       float share) {
+cross_entropy_backward(const REAL* logits, const int* labels, const float* peak, const float* total, REAL* dlogits,
+                       int V, float share) {
     const long long row = static_cast<long long>(blockIdx.x) * V;
     const int label = labels[blockIdx.x];
     row_gradient(logits + row, dlogits + row, V, label, label < 0, peak[blockIdx.x], total[blockIdx.x], share);
 }
 
-// ---- logits of a linear map, in tiles of `columns` words from `start` on; a tile's rows are `stride` apart. grid: rows
+// ---- logits of a linear map, in tiles of `columns` words from `start` on, whose rows are `stride` apart. grid: rows
 
-// s becomes e = exp(s - peak). w, weighted and label_row, rows of D numbers, are null where no gradient is needed; w holds
+// s becomes e = exp(s - peak). weighted and label_row, rows of D numbers, are null where no gradient is needed; w holds
 // the rows of the tile's words.
 extern "C" __global__ void __launch_bounds__(THREADS)
-linear_cross_entropy_tile(const float* s, const int* labels, const REAL* w, float* peak, float* total, float* label_logit,
-                          float* weighted, REAL* label_row, REAL* e, int start, int columns, int stride, int D) {
+linear_cross_entropy_tile(const float* s, const int* labels, const REAL* w, float* peak, float* total,
+                          float* label_logit, float* weighted, REAL* label_row, REAL* e, int start, int columns,
+                          int stride, int D) {
     __shared__ float maxima[WARPS];
     __shared__ float sums[WARPS];
     const int row = blockIdx.x, label = labels[row] - start;
@@ -110,21 +112,21 @@ linear_cross_entropy_tile(const float* s, const int* labels, const REAL* w, floa
     const float before = start == 0 ? LOWEST : peak[row];
     float top = before, sum = 0.0f;
     each_of_row(s + at, columns, [&](float x, int) { top = fmaxf(top, x); });
-    top = block_max<WARPS>(top, maxima);                                     // 2  peak' = max(peak, max_v s_v)  [xent.7]
+    top = block_max<WARPS>(top, maxima);                                 // 2  peak' = max(peak, max_v s_v)  [xent.7]
     const float shrink = expf(before - top);
-    map_row(s + at, e + at, columns, [&](float x, int) {                     //    s = exp(s - peak')
+    map_row(s + at, e + at, columns, [&](float x, int) {                 //    s = exp(s - peak')
         const float y = expf(x - top);
         sum += y;
         return y;
     });
     sum = block_sum<WARPS>(sum, sums);
-    if (threadIdx.x == 0) {                                                  //    total' = shrink total + sum_v s  [xent.8]
+    if (threadIdx.x == 0) {                                              //    total' = shrink total + sum_v s  [xent.8]
         total[row] = start == 0 ? sum : fmaf(total[row], shrink, sum);
         peak[row] = top;
         if (label >= 0 && label < columns) label_logit[row] = s[at + label];
     }
     if (weighted == nullptr) return;
-    if (start > 0)                                                           //    weighted' = shrink weighted [xent.9]
+    if (start > 0)                                                       //    weighted' = shrink weighted [xent.9]
         map_row(weighted + at_D, weighted + at_D, D, [&](float x, int) { return shrink * x; });
     if (label >= 0 && label < columns)
         map_row(w + static_cast<long long>(label) * D, label_row + at_D, D, [](float x, int) { return x; });
@@ -137,9 +139,9 @@ linear_cross_entropy_end(const float* peak, const float* total, const float* lab
     const int row = blockIdx.x;
     const long long at = static_cast<long long>(row) * D;
     const float sum = total[row];
-    if (threadIdx.x == 0) surprise[row] = logf(sum) + (peak[row] - label_logit[row]);        // 4  -log p
+    if (threadIdx.x == 0) surprise[row] = logf(sum) + (peak[row] - label_logit[row]);    // 4  -log p
     if (weighted == nullptr) return;
-    for (int i = threadIdx.x; i < D; i += THREADS)                           // 5  E_softmax[w] - w_label  [xent.6]
+    for (int i = threadIdx.x; i < D; i += THREADS)                       // 5  E_softmax[w] - w_label  [xent.6]
         weighted[at + i] = weighted[at + i] / sum - to_float(label_row[at + i]);
 }
 

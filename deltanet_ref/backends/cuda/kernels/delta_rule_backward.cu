@@ -139,7 +139,7 @@ delta_rule_state_gradients(const REAL* q, const REAL* k, const REAL* P_in, const
         multiply_columns<REAL, Shape::FULL, BLOCKS>(dS, minus_X_decayed, stage.K);
 
         const long long place = row_of(X_out, sequence.token(chunk), H_v, head, d_v) - X_out + first;
-        __syncwarp();  // the warp has read dO, whose columns serve to write X
+        // The columns of dO serve to write X. All lanes have read them: they went into products of the whole warp above.
         store_rows(X, stage.dO, own, X_out + place, H_v * d_v, filled);
         // dv = beta X                                                                                         [wy.7]
 #pragma unroll

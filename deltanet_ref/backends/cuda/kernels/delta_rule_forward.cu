@@ -261,6 +261,7 @@ __device__ __forceinline__ void carry(const REAL* q, const REAL* k, const REAL* 
         clear(V_new);
         multiply_columns<REAL, Shape::UPPER, BLOCKS>(V_new, [&](int j) { return left<REAL>(R[j]); }, stage.T);
 
+        // The columns of V serve to write o or V_new. All lanes have read them: they went into products of the whole warp.
         REAL* rows = row_of(out, sequence.token(chunk), H_v, head, d_v) + first;
         if constexpr (OUTPUTS) {
             cp_async_wait<1>();

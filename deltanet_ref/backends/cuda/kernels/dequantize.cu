@@ -1,7 +1,7 @@
 // Tensors in the bytes of a GGUF file, decoded: Q8_0 Q4_0 Q4_K Q5_K Q6_K, and F16 BF16 F32 converted.
 //
-// Layouts: github.com/ggml-org/ggml, the block_* structs of src/ggml-common.h; backends/numba_cpu/quants.py describes them in
-// the same terms. A value is (d scale) number - m minimum. Each thread decodes 8 neighbouring values of a block, so that a
+// Layouts: github.com/ggml-org/ggml, the block_* structs of src/ggml-common.h; backends/numba_cpu/quants.py describes
+// them in the same terms. A value is (d scale) number - m minimum. Each thread decodes 8 neighbouring values, so that a
 // warp writes 256 neighbouring values and reads their bytes once; scales come from the L1 cache. Blocks start at even
 // addresses only, so bytes are read in pairs.
 //
@@ -42,11 +42,11 @@ __device__ __forceinline__ int as_signed(unsigned byte) { return static_cast<int
 // A float16 from its bits; every one of them is a float32 number.
 __device__ __forceinline__ float half_to_float(unsigned bits) {
     const unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    if (exponent == 0) {                                                     // zero or subnormal: mantissa 2^-24
+    if (exponent == 0) {                                                 // zero or subnormal: mantissa 2^-24
         const float size = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
         return sign ? -size : size;
     }
-    const unsigned bias = exponent == 31 ? 255 : exponent + 112;             // infinity and NaN stay what they are
+    const unsigned bias = exponent == 31 ? 255 : exponent + 112;         // infinity and NaN stay what they are
     return __uint_as_float(sign | bias << 23 | mantissa << 13);
 }
 
@@ -74,8 +74,8 @@ struct Q4_0 {
 
 // In the K types a byte holds bits of numbers that are 32 apart; part / 4 counts groups of 32.
 
-// d scale and m minimum of a group of 32, from 8 scales and 8 minima of 6 bits. The first 4 of each are whole in 4 bytes;
-// of the last 4 the lower 4 bits are in 4 bytes more, and the upper 2 above those whole ones.
+// d scale and m minimum of a group of 32, from 8 scales and 8 minima of 6 bits. The first 4 of each are whole in 4
+// bytes; of the last 4 the lower 4 bits are in 4 bytes more, and the upper 2 above those whole ones.
 struct ScaleAndMinimum {
     float scale, minimum;
 };

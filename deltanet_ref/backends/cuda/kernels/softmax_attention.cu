@@ -1,27 +1,28 @@
 // Causal grouped-query softmax attention, forward and backward; nothing of size L x M is stored.
 //
-// Mathematics: docs/derivations/attention.md, tags [attn.1..9]. The running maximum: Milakov and Gimelshein 2018, "Online
-// normalizer calculation for softmax"; the tiles: Dao 2023, "FlashAttention-2".
+// Mathematics: docs/derivations/attention.md, tags [attn.1..9]. The running maximum: Milakov and Gimelshein 2018,
+// "Online normalizer calculation for softmax"; the tiles: Dao 2023, "FlashAttention-2".
 //
 // Design. A warp owns 16 rows of a result and keeps them in registers in float32; the tiles of the other side pass
 // through shared memory. The two tiles that a step needs are copied alternately: one arrives while the other one is
 // multiplied, so that a step has two barriers and each copy a product to hide behind.
-//   forward   a block owns FORWARD_QUERIES queries of a head and visits the keys, FORWARD_KEYS at a time
-//   mean      one warp per row: do_i . o_i
-//   dq        a block owns DQ_QUERIES queries of a head and visits the keys, DQ_KEYS at a time
-//   dk and dv a block owns DKV_KEYS keys of a key head and visits the queries of all heads that read it, DKV_QUERIES at a
-//             time, double-buffered. 16 rows of dk and dv would not fit the registers of a warp, so warps work in pairs on
-//             the same keys: one computes P and dv, the other one dP and dk, and P passes from the first to the second
+//   forward    a block owns FORWARD_QUERIES queries of a head and visits the keys, FORWARD_KEYS at a time
+//   mean       one warp per row: do_i . o_i
+//   dq         a block owns DQ_QUERIES queries of a head and visits the keys, DQ_KEYS at a time
+//   dk and dv  a block owns DKV_KEYS keys of a key head and visits the queries of all heads that read it, DKV_QUERIES
+//              at a time, double-buffered. 16 rows of dk and dv would not fit the registers of a warp, so warps work in
+//              pairs on the same keys: one computes P and dv, the other one dP and dk. P passes from the first to the
+//              second through shared memory
 // Each result has one owner, which adds in a fixed order: no atomics, the same bits in every run. The price is that the
 // backward makes 7 products where 5 would do, because dq and dk each need S and dP.
 // A row of the softmax is kept as its peak and total, not as their log-sum-exp (the reason is below [attn.4] in the
 // derivation), each (H, tokens) so that neighbouring queries are neighbours in memory.
 //
-// Floor at B 1, L 8192, H 8, H_kv 2, d 256 in bfloat16, counting only what is visible: forward 275 GFLOP and 84 MB, 0.37 ms
-// at 747 TFLOP/s; backward 5 products, 687 GFLOP and 0.92 ms (made here: 7 products, 962 GFLOP). Shared memory limits these
-// kernels: each 16 x 16 block of a right factor (512 bytes, 4 cycles) serves two mma of 16 rows. At 128 bytes a cycle,
-// 132 SMs and 1.755 GHz that predicts, not counting tiles cut by the diagonal: forward 0.65 ms, dq 1.16 ms, dk and dv
-// 1.74 ms. Not measured.
+// Floor at B 1, L 8192, H 8, H_kv 2, d 256 in bfloat16, counting only what is visible: forward 275 GFLOP and 84 MB,
+// 0.37 ms at 747 TFLOP/s; backward 5 products, 687 GFLOP and 0.92 ms (made here: 7 products, 962 GFLOP). Shared memory
+// limits these kernels: each 16 x 16 block of a right factor (512 bytes, 4 cycles) serves two mma of 16 rows. At 128
+// bytes a cycle, 132 SMs and 1.755 GHz that predicts, not counting tiles cut by the diagonal: forward 0.65 ms, dq
+// 1.16 ms, dk and dv 1.74 ms. Not measured.
 //
 // Versions: bfloat16 (mma m16n8k16; P and dS are rounded to bfloat16 as factors) and float32 (three TF32 products).
 //
@@ -97,6 +98,36 @@ __device__ __forceinline__ void scores(Block (&s)[N], Tile<REAL> x, int first_ro
     multiply_rows<REAL, Shape::FULL, BLOCKS>(s, [&](int b) { return left_rows(x, first_row, 16 * b); }, y);
 }
 
+// d += x y with the bits of d += y^T x^T: of the three TF32 products, that with the low half of y comes first.
+__device__ __forceinline__ void multiply_mirrored(Block& d, const Left<float>& x, const Right<float>& y) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            mma_tf32(d.x[n], x.high[k], y.low[n][k]);
+            mma_tf32(d.x[n], x.low[k], y.high[n][k]);
+            mma_tf32(d.x[n], x.high[k], y.high[n][k]);
+        }
+}
+__device__ __forceinline__ void multiply_mirrored(Block& d, const Left<__nv_bfloat16>& x,
+                                                  const Right<__nv_bfloat16>& y) {
+    multiply(d, x, y);
+}
+
+// The same as scores with the roles exchanged: x has the keys. A score must have the bits that it had in the forward,
+// because P is formed from it with the forward's peak: where P is near 1 they are the same score, and its rounding
+// cancels.
+template <int N>
+__device__ __forceinline__ void mirrored_scores(Block (&s)[N], Tile<REAL> x, int first_row, Tile<REAL> y) {
+    clear(s);
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+        const Left<REAL> factor = left_rows(x, first_row, 16 * b);
+#pragma unroll
+        for (int n = 0; n < N; ++n) multiply_mirrored(s[n], factor, right_rows(y, 16 * n, 16 * b));
+    }
+}
+
 // sum += s y
 template <int N>
 __device__ __forceinline__ void add_product(Block (&sum)[BLOCKS], const Block (&s)[N], Tile<REAL> y) {
@@ -120,10 +151,10 @@ softmax_attention_forward(const REAL* q, const REAL* k, const REAL* v, const int
                                               [](Sequence of) { return of.queries; });
     if (place.tiles == 0) return;
     const Sequence of = place.of;
-    const int first = (place.tiles - 1 - place.tile) * FORWARD_QUERIES;      // those that see most keys are first
+    const int first = (place.tiles - 1 - place.tile) * FORWARD_QUERIES;  // those that see most keys are first
     const int rows = min(FORWARD_QUERIES, of.queries - first), keys = of.past() + first + rows;
     const int warp_row = threadIdx.x / WARP * 16;
-    const int own_key = of.past() + first + warp_row;                        // of the warp's first row
+    const int own_key = of.past() + first + warp_row;                    // of the warp's first row
     const long long q_stride = static_cast<long long>(H) * D, k_stride = static_cast<long long>(H_kv) * D;
 
     extern __shared__ __align__(16) unsigned char shared[];
@@ -140,14 +171,14 @@ softmax_attention_forward(const REAL* q, const REAL* k, const REAL* v, const int
 
     Block O[BLOCKS];
     clear(O);
-    const float never = -__uint_as_float(0x7f800000u);                       // minus infinity
-    float top[2] = {never, never}, sum[2] = {0.0f, 0.0f};                    // of the lane's two rows
+    const float never = -__uint_as_float(0x7f800000u);                   // minus infinity
+    float top[2] = {never, never}, sum[2] = {0.0f, 0.0f};                // of the lane's two rows
     for (int start = 0; start < keys; start += FORWARD_KEYS) {
         cp_async_wait<0>();  // this thread's part of K has arrived (of Q too, at first)
         __syncthreads();     // everybody's has; and the last V has been read
         start_copy(V, v, start);
         Block S[FORWARD_KEYS / 16];
-        scores(S, Q, warp_row, K);                                           // 1  s_ij = scale q_i . k_j, masked
+        scores(S, Q, warp_row, K);                                       // 1  s_ij = scale q_i . k_j, masked
         float highest[2] = {top[0], top[1]};
         each_score(S, [&](float& s, int r, int row, int column) {
             s = start + column <= own_key + row ? scale * s : never;
@@ -155,13 +186,13 @@ softmax_attention_forward(const REAL* q, const REAL* k, const REAL* v, const int
         });
         float shrink[2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {                                        // 2  top_i = max_j s_ij over the keys so far
+        for (int r = 0; r < 2; ++r) {                                    // 2  top_i = max_j s_ij over the keys so far
             highest[r] = warp_max<4>(highest[r]);
             shrink[r] = exponential(top[r] - highest[r]);
             top[r] = highest[r];
             sum[r] *= shrink[r];
         }
-        each_score(S, [&](float& s, int r, int, int) {                       // 3  e_ij = exp(s_ij - top_i)
+        each_score(S, [&](float& s, int r, int, int) {                   // 3  e_ij = exp(s_ij - top_i)
             s = exponential(s - top[r]);
             sum[r] += s;
         });
@@ -169,7 +200,7 @@ softmax_attention_forward(const REAL* q, const REAL* k, const REAL* v, const int
         cp_async_wait<0>();  // this thread's part of V has arrived
         __syncthreads();     // everybody's has; and K has been read
         if (start + FORWARD_KEYS < keys) start_copy(K, k, start + FORWARD_KEYS);
-        add_product(O, S, V);                                                // 4  o_i = sum_j e_ij v_j / total_i
+        add_product(O, S, V);                                            // 4  o_i = sum_j e_ij v_j / total_i
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -209,7 +240,8 @@ softmax_attention_dq(const REAL* dO, const REAL* q, const REAL* k, const REAL* v
                      const float* mean, const int* cu_seqlens, REAL* dq, int sequences, int L, int M, int tokens, int H,
                      int H_kv, float scale) {
     const int h = blockIdx.x, h_kv = h / (H / H_kv);
-    const Place place = find<DQ_QUERIES>(blockIdx.y, sequences, cu_seqlens, L, M, [](Sequence of) { return of.queries; });
+    const Place place = find<DQ_QUERIES>(blockIdx.y, sequences, cu_seqlens, L, M,
+                                         [](Sequence of) { return of.queries; });
     if (place.tiles == 0) return;
     const Sequence of = place.of;
     const int first = (place.tiles - 1 - place.tile) * DQ_QUERIES;
@@ -231,10 +263,10 @@ softmax_attention_dq(const REAL* dO, const REAL* q, const REAL* k, const REAL* v
     copy_tile<DQ_THREADS>(DO, vector_at(dO, of.query + first, h, H), q_stride, DQ_QUERIES, rows, D);
     start_copy(V, v, 0);
 
-    float top[2], weight[2], along[2];                                       // peak, 1 / total, mean of the lane's two rows
+    float top[2], weight[2], along[2];                                   // peak, 1 / total, mean of the lane's two rows
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const int row = min(warp_row + Block::row(2 * r), rows - 1);         // rows that do not exist repeat the last one
+        const int row = min(warp_row + Block::row(2 * r), rows - 1);     // rows that do not exist repeat the last one
         const long long at = static_cast<long long>(h) * tokens + of.query + first + row;
         top[r] = peak[at];
         weight[r] = 1.0f / total[at];
@@ -247,21 +279,21 @@ softmax_attention_dq(const REAL* dO, const REAL* q, const REAL* k, const REAL* v
         __syncthreads();     // everybody's has; and the last K has been read
         start_copy(K, k, start);
         Block dP[DQ_KEYS / 16], S[DQ_KEYS / 16];
-        scores(dP, DO, warp_row, V);                                         // dP_ij = do_i . v_j
+        scores(dP, DO, warp_row, V);                                     // dP_ij = do_i . v_j
         cp_async_wait<0>();  // this thread's part of K has arrived
         __syncthreads();     // everybody's has; and V has been read
         if (start + DQ_KEYS < keys) start_copy(V, v, start + DQ_KEYS);
         scores(S, Q, warp_row, K);
-        each_score(S, [&](float& s, int r, int row, int column) {            // P_ij; 0 where key j is later than query i
+        each_score(S, [&](float& s, int r, int row, int column) {        // P_ij; 0 where key j is later than query i
             s = start + column <= own_key + row ? exponential(scale * s - top[r]) * weight[r] : 0.0f;
         });
 #pragma unroll
-        for (int b = 0; b < DQ_KEYS / 16; ++b)                               // 3..2  ds_ij = P_ij (dP_ij - mean_i)
+        for (int b = 0; b < DQ_KEYS / 16; ++b)                           // 3..2  ds_ij = P_ij (dP_ij - mean_i)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) S[b].x[half][e] *= dP[b].x[half][e] - along[e / 2];
-        add_product(dQ, S, K);                                               // 1  dq_i = scale sum_j ds_ij k_j
+        add_product(dQ, S, K);                                           // 1  dq_i = scale sum_j ds_ij k_j
     }
     each_score(dQ, [&](float& x, int, int, int) { x *= scale; });
     if (warp_row < rows)
@@ -270,16 +302,16 @@ softmax_attention_dq(const REAL* dO, const REAL* q, const REAL* k, const REAL* v
 
 // grid (H_kv, tiles of keys). Rows of scores are keys, columns are queries.
 extern "C" __global__ void __launch_bounds__(DKV_THREADS)
-softmax_attention_dkv(const REAL* dO, const REAL* q, const REAL* k, const REAL* v, const float* peak, const float* total,
-                      const float* mean, const int* cu_seqlens, REAL* dk, REAL* dv, int sequences, int L, int M,
-                      int tokens, int H, int H_kv, float scale) {
+softmax_attention_dkv(const REAL* dO, const REAL* q, const REAL* k, const REAL* v, const float* peak,
+                      const float* total, const float* mean, const int* cu_seqlens, REAL* dk, REAL* dv, int sequences,
+                      int L, int M, int tokens, int H, int H_kv, float scale) {
     const int h_kv = blockIdx.x, group = H / H_kv;
     const Place place = find<DKV_KEYS>(blockIdx.y, sequences, cu_seqlens, L, M, [](Sequence of) { return of.keys; });
     if (place.tiles == 0) return;
     const Sequence of = place.of;
     const int first = place.tile * DKV_KEYS, rows = min(DKV_KEYS, of.keys - first);
     const int pair = threadIdx.x / WARP / 2, warp_row = 16 * pair, lane = threadIdx.x % WARP;
-    const bool of_dv = threadIdx.x / WARP % 2 == 0;                          // this warp computes P and dv, or dP and dk
+    const bool of_dv = threadIdx.x / WARP % 2 == 0;                      // this warp computes P and dv, or dP and dk
     const long long q_stride = static_cast<long long>(H) * D, k_stride = static_cast<long long>(H_kv) * D;
     // The queries of one head that see a key of the tile, in tiles of DKV_QUERIES; then those of the next head
     const int first_query = max(0, first - of.past()) / DKV_QUERIES * DKV_QUERIES;
@@ -304,7 +336,7 @@ softmax_attention_dkv(const REAL* dO, const REAL* q, const REAL* k, const REAL* 
     copy_tile<DKV_THREADS>(V, vector_at(v, of.key + first, h_kv, H_kv), k_stride, DKV_KEYS, rows, D);
     start_copy(0);
 
-    Block sum[BLOCKS];                                                       // dv or dk
+    Block sum[BLOCKS];                                                   // dv or dk
     clear(sum);
     for (int step = 0; step < steps; ++step) {
         const Tile<REAL> Q_now = step % 2 ? Q[1] : Q[0], DO_now = step % 2 ? DO[1] : DO[0];
@@ -313,11 +345,11 @@ softmax_attention_dkv(const REAL* dO, const REAL* q, const REAL* k, const REAL* 
         __syncthreads();     // everybody's has; and the other buffers, and `passed`, have been read
         if (step + 1 < steps) start_copy(step + 1);
         Block S[DKV_QUERIES / 16];
-        scores(S, of_dv ? K : V, warp_row, of_dv ? Q_now : DO_now);          // k_j . q_i or dP_ji = v_j . do_i
-        int place_of_score = lane;                                           // the next number's in `passed`
+        mirrored_scores(S, of_dv ? K : V, warp_row, of_dv ? Q_now : DO_now); // k_j . q_i or dP_ji = v_j . do_i
+        int place_of_score = lane;                                       // the next number's in `passed`
         const long long row_of_head = static_cast<long long>(h) * tokens + of.query;
         if (of_dv)
-            each_score(S, [&](float& s, int, int row, int column) {          // P_ji; 0 where key j is later than query i
+            each_score(S, [&](float& s, int, int row, int column) {      // P_ji; 0 where key j is later than query i
                 const int i = start + column;
                 const bool visible = i < of.queries && first + warp_row + row <= of.past() + i;
                 s = visible ? exponential(scale * s - peak[row_of_head + i]) / total[row_of_head + i] : 0.0f;
@@ -326,7 +358,7 @@ softmax_attention_dkv(const REAL* dO, const REAL* q, const REAL* k, const REAL* 
             });
         __syncthreads();     // P is in `passed`
         if (!of_dv)
-            each_score(S, [&](float& s, int, int, int column) {              // 3..2  ds_ji = P_ji (dP_ji - mean_i)
+            each_score(S, [&](float& s, int, int, int column) {          // 3..2  ds_ji = P_ji (dP_ji - mean_i)
                 const int i = start + column;
                 s = passed[place_of_score] * (s - (i < of.queries ? mean[row_of_head + i] : 0.0f));
                 place_of_score += WARP;
