@@ -479,11 +479,11 @@ def test_results_do_not_depend_on_the_order_of_threads_nor_leave_their_arrays(ke
     monkeypatch.setattr(gates, "PARTS", 2)
     with jobs.recording() as launches:
         RUNS[name].on_device(kernels, np.dtype(np.float32))
-    for launches in by_source(launches):
+    for of_source in by_source(launches):
         for build in ("thread", "address"):
-            for found in jobs.run(launches, build).findings:
+            for found in jobs.run(of_source, build).findings:
                 pytest.fail(f"{build}: {found.kind} in {found.file}:{found.line}\n{found.text}")
-        unnoticed = [site for site, noticed in jobs.switch_off_each(launches).items() if not noticed]
+        unnoticed = [site for site, noticed in jobs.switch_off_each(of_source).items() if not noticed]
         assert not unnoticed, f"not needed: {unnoticed}"
 
 
