@@ -33,6 +33,7 @@ class StoredTensors(Protocol):
     def decodes(type, shape) -> bool: ...  # whether the products take such a tensor
     def resident(tensor): ...  # the same tensor with raw where the products read it: on the device
     def dequantize(raw, type, shape, dtype=np.float32) -> Array: ...  # any type that formats.quants decodes
+    def embedding_forward(tokens, tensor, dtype): ...  # the rows of a tensor by token, as ops.embedding_forward
     def linear_forward(x: Array, tensors: list) -> list: ...  # x w^T for each tensor w
     def linear_backward_input(dy: Array, tensor) -> Array: ...  # dy w
 
@@ -53,6 +54,7 @@ class Backend(Protocol):
     set_threads: Callable | None  # n -> the number so far; the kernels' threads. None: only the BLAS is limited
     stored: StoredTensors | None  # None: formats.quants decodes a tensor, linear_* multiply it
     delta_layer_step: Callable | None  # one token of a delta layer between projections. None: the operators
+    memory_of: Callable | None  # what a step needs and could have. None: not known
     run_step: Callable | None  # runs a training step, again and again. None: the step is called
     clipped_adamw_update: Callable | None  # norm, clipping and AdamW of one array. None: train.adamw computes them
 
@@ -107,6 +109,10 @@ def _delta_layer_step(qkv, z, b, a, conv_state, S, *, conv, decay, dt_bias, norm
 def _set_threads(n): ...
 
 
+def _memory_of(step):
+    """(the most bytes that step() needs at one time, the bytes that are free for it)."""
+
+
 def _run_step(key, inputs, step):
     """step(**inputs), which returns tuples and lists of arrays and of dicts of them; possibly recorded and replayed.
 
@@ -129,6 +135,7 @@ OPTIONAL = {
     "set_threads": _set_threads,
     "stored": StoredTensors,
     "delta_layer_step": _delta_layer_step,
+    "memory_of": _memory_of,
     "run_step": _run_step,
     "clipped_adamw_update": _clipped_adamw_update,
 }

@@ -64,6 +64,7 @@ def rounding_ops(seed):
         set_threads=None,
         stored=None,
         delta_layer_step=None,
+        memory_of=None,
         run_step=None,
     )
 

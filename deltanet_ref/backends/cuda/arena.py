@@ -119,9 +119,10 @@ def peak(allocations: Sequence[Allocation]) -> int:
 class Arena:
     """A block of memory with the places of a plan."""
 
-    def __init__(self, xp, plan: Plan):
+    def __init__(self, xp, plan: Plan, memory=None):
+        """memory: a MemoryPointer with at least plan.size bytes behind it; new memory if None."""
         self.xp, self.plan = xp, plan
-        self.memory = xp.cuda.alloc(max(plan.size, 1))
+        self.memory = xp.cuda.alloc(max(plan.size, 1)) if memory is None else memory
         self._next = 0
 
     @contextmanager

@@ -33,17 +33,29 @@ class FreedMemory(RuntimeError):
 # ---- memory
 
 
+class OutOfMemoryError(MemoryError):
+    """As CuPy's."""
+
+
 class Memory:
     """A block of device memory."""
 
     blocks: "weakref.WeakSet[Memory]" = weakref.WeakSet()  # those that exist
+    total = 1 << 40  # bytes of memory of the device
 
     def __init__(self, size: int):
+        if size > self.free():
+            raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes")
         raw = np.full(size + ALIGNMENT, POISON, np.uint8)
         start = -raw.ctypes.data % ALIGNMENT
         self.size, self.bytes = size, raw[start : start + size]
         self.ptr = self.bytes.ctypes.data
         Memory.blocks.add(self)
+
+    @classmethod
+    def free(cls) -> int:
+        """Bytes that are not used."""
+        return cls.total - sum(block.size for block in cls.blocks) if cls.total < 1 << 40 else cls.total
 
     @classmethod
     def at(cls, ptr: int, size: int) -> "Memory":
@@ -231,10 +243,11 @@ class RawModule:
         include_dirs = [option[2:] for option in options if option.startswith("-I")]
         macros = dict(option[2:].partition("=")[::2] for option in options if option.startswith("-D"))
         self.library = compile(code, include_dirs, macros)
+        self.functions = {}
 
     def get_function(self, name: str) -> "RawKernel":
-        """The entry point of this name."""
-        return RawKernel(self.library, name)
+        """The entry point of this name; always the same one, since its attributes belong to the compiled function."""
+        return self.functions.setdefault(name, RawKernel(self.library, name))
 
 
 class RawKernel:
@@ -361,6 +374,10 @@ class ndarray:
         if shaped.size == 0 or np.shares_memory(shaped, self._host):
             return ndarray(shaped, self._mem)
         return ascontiguousarray(self).reshape(*shape)
+
+    def view(self, dtype):
+        """The same bytes in another dtype."""
+        return ndarray(self._host.view(dtype), self._mem)
 
     def __getitem__(self, index):
         index = _unwrapped_index(index)
@@ -565,6 +582,18 @@ def concatenate(arrays, axis=0) -> ndarray:
     return _computed(lambda *parts: np.concatenate(parts, axis), *arrays)
 
 
+def _as_strided(x, shape, strides) -> ndarray:
+    """A view with this shape and these strides in bytes, as CuPy's; it must lie in the memory of x."""
+    view = np.lib.stride_tricks.as_strided(x._host, shape, strides)
+    low, high = np.lib.array_utils.byte_bounds(view)
+    if low < x._mem.ptr or high > x._mem.ptr + x._mem.size:
+        raise ValueError(f"a view {shape} with strides {strides} leaves the memory of its array")
+    return ndarray(view, x._mem)
+
+
+lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
+
+
 def _elementwise(name):
     ufunc = getattr(np, name)
 
@@ -646,7 +675,14 @@ def _bfloat16():
 
 cublas = Cublas()
 
+
+def get_default_memory_pool():
+    """There is none: memory is freed at once."""
+    return SimpleNamespace(free_all_blocks=lambda: None)
+
+
 cuda = SimpleNamespace(
+    runtime=SimpleNamespace(memGetInfo=lambda: (Memory.free(), Memory.total)),
     Memory=Memory,
     MemoryPointer=MemoryPointer,
     Stream=Stream,

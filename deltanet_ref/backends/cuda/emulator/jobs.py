@@ -27,11 +27,11 @@ from .build import HERE, KernelError, Library, Site, arguments, compile_source, 
 SEEDS = (0, 1, 2, 3)  # orders of threads that a result must not depend on; 0 is the natural one
 SECONDS = 300  # that a process may run
 
-# Races are reported once each, but not suppressed where another site that is switched off leads to the same one. History:
-# with the longest one the first of the two accesses is seldom forgotten.
+# The longest history: the first one of two accesses is seldom forgotten.
+TSAN_OPTIONS = "exitcode=66:history_size=4:report_thread_leaks=0:atexit_sleep_ms=0"
+# Not after the first report, where tasks with different sites switched off may lead to the same one.
+TSAN_REPEATS = ":suppress_equal_stacks=0:suppress_equal_addresses=0"
 ENVIRONMENT = {
-    "TSAN_OPTIONS": "exitcode=66:suppress_equal_stacks=0:suppress_equal_addresses=0:history_size=4:report_thread_leaks=0:"
-    "atexit_sleep_ms=0",
     "ASAN_OPTIONS": "exitcode=66:detect_leaks=0:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
@@ -97,18 +97,21 @@ class Result(NamedTuple):
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """A list to which each launch of a Library inside the with block is added. Arguments must be arrays, not pointers."""
+def recording(recorders: list = Library.recorders) -> Iterator[list[Launch]]:
+    """A list to which each launch inside the with block is added. Arguments must be arrays, not pointers.
+
+    recorders  the list of functions that are told of launches: another class than Library may have its own
+    """
     launches = []
 
     def record(library, name, grid, block, args, shared_bytes):
         launches.append(recorded(library, name, grid, block, args, shared_bytes))
 
-    Library.recorders.append(record)
+    recorders.append(record)
     try:
         yield launches
     finally:
-        Library.recorders.remove(record)
+        recorders.remove(record)
 
 
 def recorded(library: Library, name: str, grid, block, args, shared_bytes: int = 0) -> Launch:
@@ -193,7 +196,8 @@ def execute(tasks: Sequence[Task], build: str) -> tuple[list[Outcome], list[Find
         job.write_bytes(struct.pack("<I", len(tasks)) + b"".join(_encode(task, paths, places) for task in tasks))
         while len(outcomes) < len(tasks):
             results.write_bytes(b"")
-            status, errors = _process(host_program(build), [job, memory, results, str(len(outcomes))])
+            repeats = any(task.group is not None for task in tasks)
+            status, errors = _process(host_program(build), [job, memory, results, len(outcomes)], repeats)
             done = len(outcomes)
             outcomes += _read_results(results.read_bytes(), tasks[done:])
             findings += _findings(errors, tasks)
@@ -204,7 +208,7 @@ def execute(tasks: Sequence[Task], build: str) -> tuple[list[Outcome], list[Find
             task = tasks[len(outcomes)]
             if not any(finding.launch == task.number for finding in findings):
                 findings.append(Finding(_death(status), "", 0, errors[-1500:], task.number))
-            outcomes.append(Outcome("died"))
+            outcomes.append(Outcome("died", message=next(f.kind for f in findings[::-1] if f.launch == task.number)))
     findings += [
         Finding("failed", *_place(outcome.message), outcome.message, task.number)
         for task, outcome in zip(tasks, outcomes)
@@ -213,12 +217,14 @@ def execute(tasks: Sequence[Task], build: str) -> tuple[list[Outcome], list[Find
     return outcomes, findings
 
 
-def _process(program, args):
+def _process(program, args, repeats):
+    """Exit status, or "timeout", and what the program printed."""
+    environment = {**os.environ, **ENVIRONMENT, "TSAN_OPTIONS": TSAN_OPTIONS + TSAN_REPEATS * repeats}
     command = [str(program), *map(str, args)]
     if shutil.which("setarch"):  # ThreadSanitizer needs its addresses free
         command = ["setarch", "-R", *command]
     try:
-        result = subprocess.run(command, capture_output=True, timeout=SECONDS, env={**os.environ, **ENVIRONMENT})
+        result = subprocess.run(command, capture_output=True, timeout=SECONDS, env=environment)
     except subprocess.TimeoutExpired as timeout:
         return "timeout", (timeout.stderr or b"").decode(errors="replace")
     return result.returncode, result.stderr.decode(errors="replace")
@@ -283,8 +289,7 @@ def _read_results(data, tasks):
 # ---- reports
 
 KINDS = (
-    re.compile(r"WARNING: ThreadSanitizer: ([\w -]+?) \("),
-    re.compile(r"ERROR: AddressSanitizer: ([\w-]+)"),
+    re.compile(r"(?:WARNING|ERROR): (?:Thread|Address)Sanitizer: ([\w -]+?)(?: \(| on | in )"),
     re.compile(r"runtime error: "),
 )
 FRAME = re.compile(r"^\s+#\d+ .*?([^\s/]+):(\d+)(?::\d+)?(?: \(|$)", re.MULTILINE)
@@ -363,6 +368,6 @@ def switch_off_each(launches: Sequence[Launch], seeds: Sequence[int] = SEEDS) ->
         outcomes, _ = execute(tasks, build)
         for task, outcome in zip(tasks, outcomes):
             if noticed[task.off] is None and outcome.state not in ("expected", "left out"):
-                what = {"another": "other numbers", "reported": "a race"}.get(outcome.state, outcome.state)
+                what = {"another": "other numbers", "reported": "data race"}.get(outcome.state, outcome.message)
                 noticed[task.off] = f"{build}: {what} in {task.launch.name}, seed {task.seed}"
     return noticed

@@ -129,7 +129,7 @@ causal_conv1d_forward(const REAL* __restrict__ x, const float* __restrict__ w, c
         const Sequence sequence = sequence_of(begin, cu_seqlens, count);
         const int end = smaller(sequence.end, last);
         Window window = inputs_before(begin, inputs, sequence);  // 1  the sequence after its state
-#pragma unroll 4
+#pragma unroll 2
         for (int t = begin; t < end; ++t) {
             window.push(load<VECTOR>(x + (long long)t * channels + channel));
             Pack<REAL, VECTOR> y_t;
