@@ -65,7 +65,7 @@ class Engine:
 
         with self.stream:
             eager = self.seconds(run)
-            graph = Graph(self.backend.run_step.__self__.device, {}, run)
+            graph = Graph(self.backend.run_step.__self__.device, {}, {}, run, self.xp.cuda.alloc)
             return dict(eager_s=eager, graph_s=self.seconds(graph.replay))
 
 

@@ -113,12 +113,12 @@ def _memory_of(step):
     """(the most bytes that step() needs at one time, the bytes that are free for it)."""
 
 
-def _run_step(key, inputs, step):
+def _run_step(key, inputs, other, step):
     """step(**inputs), which returns tuples and lists of arrays and of dicts of them; possibly recorded and replayed.
 
-    key     hashable: all that the step depends on besides the numbers in inputs; shapes and the places of negative
-            numbers in them included
+    key     hashable: all that the step's work depends on besides the numbers in inputs
     inputs  name -> integer NumPy array
+    other   other inputs of this key, to find out what depends on inputs
     step    reads nothing back from the device
     """
 

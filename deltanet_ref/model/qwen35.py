@@ -14,9 +14,9 @@ from deltanet_ref.errors import InputError
 from deltanet_ref.model.block import KEEP, block_backward, block_forward, block_forward_keeping
 from deltanet_ref.model.layer import Attached, Gradients, Layer
 from deltanet_ref.model.layers import MIXERS
-from deltanet_ref.ops.sequences import sequence_boundaries
+from deltanet_ref.model.step import IGNORED, backwards, filled_up, step_shape
+from deltanet_ref.ops.sequences import sequence_boundaries, token_positions
 
-IGNORED = -100                # a label that is not trained, as in HF
 PREFILL_TOKENS = 512          # tokens of one prefill pass
 
 
@@ -31,6 +31,7 @@ class Packed(NamedTuple):
     """Sequences one after the other."""
     tokens: np.ndarray        # (T,)
     cu_seqlens: np.ndarray    # (N_seq + 1,)
+    positions: np.ndarray     # (T,) of each token in its sequence
     place: tuple              # index of each token in (B, L)
 
 
@@ -183,9 +184,7 @@ class Qwen35:
         """Hidden states (1, T, D) after the last norm, and the ForwardCache of the blocks from keep_from on (None: of
         no block); keep, one of block.KEEP, sets what each of them keeps."""
         h = self._embed(packed.tokens[None])
-        lengths = np.diff(packed.cu_seqlens)
-        positions = np.arange(len(packed.tokens)) - np.repeat(packed.cu_seqlens[:-1], lengths)
-        options, blocks = dict(shared=self._shared(positions), cu_seqlens=packed.cu_seqlens), {}
+        options, blocks = dict(shared=self._shared(packed.positions), cu_seqlens=packed.cu_seqlens), {}
         for layer in self.layers:
             if keep_from is not None and layer.index >= keep_from:
                 h, blocks[layer.index] = block_forward_keeping(keep, h, layer, **options)
@@ -233,17 +232,18 @@ class Qwen35:
         trained = self._trained() if wrt == "lora" else None
         packed, targets = self._pack_with_targets(tokens, labels, lengths, cu_seqlens)
 
-        def step(tokens, targets):
-            return self._loss_and_grads(packed._replace(tokens=tokens), targets, trained, keep)
+        def step(targets, **inputs):
+            return self._loss_and_grads(packed._replace(**inputs), targets, trained, keep)
 
         if self.backend.run_step is None or trained is None or self._observed:
-            loss, grads = step(packed.tokens, targets)
+            loss, grads = step(targets)
         else:
+            inputs = filled_up(packed.tokens, targets, packed.cu_seqlens)
             attached = list(self.adapters.values())
             arrays = [x for a in attached for x in a.adapter.tensors.values()]
-            key = (Same(self.weights), self.weights.version, keep, packed.cu_seqlens.tobytes(),
-                   (targets >= 0).tobytes(), *((a.scale, a is trained) for a in attached), *map(Same, arrays))
-            loss, grads = self.backend.run_step(key, dict(tokens=packed.tokens, targets=targets), step)
+            key = (Same(self.weights), self.weights.version, keep, step_shape(inputs),
+                   *((a.scale, a is trained) for a in attached), *map(Same, arrays))
+            loss, grads = self.backend.run_step(key, inputs, backwards(inputs), step)
         return float(loss), grads
 
     def _loss_and_grads(self, packed, targets, trained, keep):
@@ -355,7 +355,7 @@ class Qwen35:
         if not len(flat):
             raise InputError("there are no tokens")
         self._check_range(flat)
-        return Packed(flat, cu, place)
+        return Packed(flat, cu, token_positions(cu), place)
 
     def _pack_with_targets(self, tokens, labels, lengths, cu_seqlens):
         """Packed, and for each token the label of the next one in its sequence (-100 for the last)."""

@@ -72,7 +72,7 @@ WEIGHTS = np.random.default_rng(1).standard_normal((10, 4)).astype(np.float32)
 CONSTANT = np.arange(4, dtype=np.float32)
 
 
-def make_step(device, weights, read=lambda device, tokens, labels: device.upload(labels, np.float32, take=labels >= 0)):
+def make_step(device, weights, read=lambda device, tokens, labels: device.upload(labels, np.float32, make=lambda labels: labels[labels >= 0])):
     """A step with products, temporaries and elementwise work on tokens (T,) and labels (T,)."""
 
     def step(tokens, labels):

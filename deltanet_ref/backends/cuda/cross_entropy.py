@@ -11,6 +11,7 @@ import numpy as np
 
 from deltanet_ref.errors import InputError
 from deltanet_ref.ops.cross_entropy import kept_rows
+from deltanet_ref.ops.sequences import rounded
 
 THREADS = 256  # of a block, which has one row
 TOKENS, BLOCK = 2048, 2048  # rows and columns of a tile of logits: it stays in the L2 cache
@@ -25,28 +26,33 @@ class CrossEntropyCache(NamedTuple):
     labels: object  # (n,) int32, IGNORED where a row is
     peak: object  # (n,) float32: the largest logit of the row
     total: object  # (n,) float32: sum of exp(logit - peak)
-    count: int  # the divisor of the loss, at least 1
+    count: object  # () float32: the divisor of the loss, at least 1
 
 
 class LinearCrossEntropyCache(NamedTuple):
-    """Kept by linear_cross_entropy_forward. Only dw recomputes logits."""
+    """Kept by linear_cross_entropy_forward. Only dw recomputes logits.
 
-    x: object  # (n, D); n counts the kept rows here and below
+    n here and below is the number of kept rows, rounded up (ops.sequences): their shapes shall be few. The rows that
+    fill up are ignored ones.
+    """
+
+    x: object  # (n, D)
     w: object  # (V, D)
-    labels: object  # (n,) int32
+    labels: object  # (n,) int32, IGNORED where a row is
     place: object  # (rows,) int32: which of the n a row is, -1 if it is ignored
     peak: object  # (n,) float32: the largest logit
     total: object  # (n,) float32: sum of exp(logit - peak)
     dx_row: object  # (n, D) float32: sum over v of softmax_v w_v - w_label; None without need_gradient
-    count: int  # the divisor of the loss, at least 1
+    count: object  # () float32: the divisor of the loss, at least 1
 
 
 def cross_entropy_forward(device, logits, labels, *, ignore_index=-100, count=None):
     """loss (float32, without axes), cache: arguments and errors as ops.cross_entropy_forward."""
     _check(device, logits=logits)
     n, V = logits.shape
-    kept, count = kept_rows(labels, n, V, ignore_index, count)
-    logits, labels = device.contiguous(logits), device.upload(np.where(kept, labels, IGNORED), np.int32)
+    labels, count = np.asarray(labels), _count(device, labels, n, V, ignore_index, count)
+    logits = device.contiguous(logits)
+    labels = device.upload(labels, np.int32, lambda labels: np.where(labels == ignore_index, IGNORED, labels))
     peak, total, surprise = (device.empty(n, np.float32) for _ in range(3))
     _launch(device, logits.dtype, "cross_entropy_forward", n, logits, labels, peak, total, surprise, V)
     return _mean(device, logits.dtype, surprise, count), CrossEntropyCache(logits, labels, peak, total, count)
@@ -57,8 +63,8 @@ def cross_entropy_backward(device, dloss, cache):
     logits, labels, peak, total, count = cache
     n, V = logits.shape
     dlogits = device.empty(logits.shape, logits.dtype)
-    share = float(dloss) / count
-    _launch(device, logits.dtype, "cross_entropy_backward", n, logits, labels, peak, total, dlogits, V, share)
+    args = (logits, labels, peak, total, dlogits, V, float(dloss), count)
+    _launch(device, logits.dtype, "cross_entropy_backward", n, *args)
     return dlogits
 
 
@@ -68,9 +74,8 @@ def linear_cross_entropy_forward(device, x, w, labels, *, ignore_index=-100, cou
     _check(device, x=x, w=first)
     if first.shape[1] != x.shape[1]:
         raise InputError(f"x has {x.shape[1]} features and the rows of w {first.shape[1]}: w must be (V, {x.shape[1]})")
-    kept, count = kept_rows(labels, len(x), len(w), ignore_index, count)
-    x, place = _kept(device, x, kept)
-    labels = device.upload(labels, np.int32, take=kept)
+    count = _count(device, labels, len(x), len(w), ignore_index, count)
+    x, labels, place = _kept(device, x, labels, ignore_index)
     n, D = x.shape
     peak, total, label_logit, surprise = (device.empty(n, np.float32) for _ in range(4))
     weighted = device.empty((n, D), np.float32) if need_gradient else None
@@ -89,7 +94,8 @@ def linear_cross_entropy_forward(device, x, w, labels, *, ignore_index=-100, cou
             if need_gradient:
                 device.matmul(tile.results(s), rows, out=weighted[part], accumulate=block.start > 0)
     # 4..5  -log p, and in weighted E_softmax[w] - w_label: dx of one row
-    _launch(device, x.dtype, "linear_cross_entropy_end", n, peak, total, label_logit, label_row, weighted, surprise, D)
+    args = (labels, peak, total, label_logit, label_row, weighted, surprise, D)
+    _launch(device, x.dtype, "linear_cross_entropy_end", n, *args)
     loss = _mean(device, x.dtype, surprise, count)
     return loss, LinearCrossEntropyCache(x, w, labels, place, peak, total, weighted, count)
 
@@ -97,10 +103,10 @@ def linear_cross_entropy_forward(device, x, w, labels, *, ignore_index=-100, cou
 def linear_cross_entropy_backward(device, dloss, cache, need_dw=True):
     """dx in the dtype of x, dw float32 or None: as ops.linear_cross_entropy_backward."""
     x, w, labels, place, peak, total, dx_row, count = cache
-    share, D = float(dloss) / count, x.shape[1]
+    dloss, D = float(dloss), x.shape[1]
     # 5..1  loss = mean of -log softmax(x w^T)[label], with respect to x
     dx = device.empty((len(place), D), x.dtype)
-    _launch(device, x.dtype, "linear_cross_entropy_dx", len(place), dx_row, place, dx, D, share)
+    _launch(device, x.dtype, "linear_cross_entropy_dx", len(place), dx_row, place, dx, D, dloss, count)
     if not need_dw:
         return dx, None
     # 1  logits = x w^T, with respect to w
@@ -112,8 +118,8 @@ def linear_cross_entropy_backward(device, dloss, cache, need_dw=True):
         for part in tile.parts():
             s = tile.logits(x[part], rows)
             of_part = (a[part] for a in (labels, peak, total))
-            columns = (block.start, len(rows), tile.stride)
-            _launch(device, x.dtype, "linear_cross_entropy_dlogits", len(s), tile.s, *of_part, tile.e, *columns, share)
+            args = (tile.s, *of_part, tile.e, block.start, len(rows), tile.stride, dloss, count)
+            _launch(device, x.dtype, "linear_cross_entropy_dlogits", len(s), *args)
             device.matmul(tile.results(s), x[part], transpose_a=True, out=dw[block], accumulate=part.start > 0)
     return dx, dw
 
@@ -148,22 +154,42 @@ def _blocks(device, w):
         yield block, device.contiguous(w[block])
 
 
-def _kept(device, x, kept):
-    """The kept rows of x; for each row of x its place among them, or -1."""
-    x = device.contiguous(x)
-    place = device.upload(np.where(kept, np.cumsum(kept) - 1, -1), np.int32)
-    if kept.all():
-        return x, place
-    rows = np.flatnonzero(kept)
-    few = device.empty((len(rows), x.shape[1]), x.dtype)
-    _launch(device, x.dtype, "gather_rows", len(rows), x, device.upload(rows, np.int32), few, x.shape[1])
-    return few, place
+def _count(device, labels, n, V, ignore_index, count):
+    """The divisor of the loss, on the device. Raises InputError as kept_rows."""
+    kept_rows(labels, n, V, ignore_index, count)
+    if count is not None:
+        return device.upload(count, np.float32)
+    return device.upload(labels, np.float32, lambda labels: max(np.count_nonzero(labels != ignore_index), 1))
+
+
+def _kept(device, x, labels, ignore_index):
+    """The kept rows of x and perhaps some ignored ones; their labels, IGNORED where one is; for each row of x its place
+    among them, or -1 if it is ignored."""
+    x, n = device.contiguous(x), rounded(np.count_nonzero(labels != ignore_index))
+    if n >= len(labels):
+        of_rows = device.upload(labels, np.int32, lambda labels: np.where(labels == ignore_index, IGNORED, labels))
+        place = device.upload(labels, np.int32, lambda labels: np.where(labels == ignore_index, -1, np.arange(len(x))))
+        return x, of_rows, place
+    few = device.empty((n, x.shape[1]), x.dtype)
+    rows = device.upload(labels, np.int32, lambda labels: _filled(np.flatnonzero(labels != ignore_index), n, 0))
+    _launch(device, x.dtype, "gather_rows", n, x, rows, few, x.shape[1])
+    of_rows = device.upload(labels, np.int32, lambda labels: _filled(labels[labels != ignore_index], n, IGNORED))
+    return few, of_rows, device.upload(labels, np.int32, lambda labels: _places(labels != ignore_index))
+
+
+def _filled(x, n, filler):
+    return np.pad(x, (0, n - len(x)), constant_values=filler)
+
+
+def _places(kept):
+    """The place of each kept row among them, -1 for the others."""
+    return np.where(kept, np.cumsum(kept) - 1, -1)
 
 
 def _mean(device, dtype, surprise, count):
     """sum of surprise / count, without axes."""
     loss = device.empty((), np.float32)
-    _launch(device, dtype, "sum_rows", 1, surprise, loss, len(surprise), float(count))
+    _launch(device, dtype, "sum_rows", 1, surprise, loss, len(surprise), count)
     return loss
 
 

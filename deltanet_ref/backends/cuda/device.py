@@ -54,15 +54,15 @@ class Device:
         """x itself if it is in C order, or a copy that is."""
         return x if x.flags.c_contiguous else self.xp.ascontiguousarray(x)
 
-    def upload(self, host_array, dtype=None, take=None):
-        """A NumPy array, or anything that becomes one, as an array of the device.
+    def upload(self, host_array, dtype=None, make=None):
+        """A NumPy array, or anything that becomes one, as an array of the device; with make, make(host_array) is.
 
-        take: an index, applied on the host. An input of a step that becomes a graph (graph.py) must arrive here whole,
-        and with take what the step needs of it, so that it can be uploaded again.
+        What depends on an input of a step that becomes a graph (graph.py) is given as the input itself, whole, and
+        make, so that it can be made and uploaded again for other inputs.
         """
         if self._uploads is not None:
-            return self._uploads(host_array, dtype, take)
-        return self.xp.asarray(np.array(host_array if take is None else host_array[take], dtype, order="C"))
+            return self._uploads(host_array, dtype, make)
+        return self.xp.asarray(on_host(host_array, dtype, make))
 
     @contextmanager
     def uploading(self, uploads):
@@ -151,6 +151,11 @@ class Device:
         if isinstance(x, float):
             return np.float32(x)
         raise TypeError(f"a kernel cannot take {type(x).__name__}")
+
+
+def on_host(host_array, dtype, make) -> np.ndarray:
+    """A copy in C order of what Device.upload uploads."""
+    return np.array(host_array if make is None else make(host_array), dtype, order="C")
 
 
 def _triple(n):

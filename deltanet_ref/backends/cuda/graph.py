@@ -2,10 +2,10 @@
 
 A graph replays kernels with the same arguments. What differs between steps of one shape are numbers that come from the
 host, through Device.upload. While a step is recorded, each upload is one of two kinds: of an input of the step (an
-array that the caller names, or some rows of it), which goes to a buffer that is filled again before every launch; or a
-constant of the shape (positions, boundaries of sequences), which is uploaded once and kept. To make sure that nothing
-else depends on the inputs, the captured run, in which no kernel is executed, sees other numbers in them: an upload that
-differs then, or an allocation of another size, raises NotRepeatable.
+array that the caller names, or what a function makes of it), which goes to a buffer that is filled again before every
+launch; or a constant of the shape, which is uploaded once and kept. To make sure that nothing else depends on the
+inputs, the captured run, in which no kernel is executed, sees other numbers in them: an upload that differs then, or an
+allocation of another size, raises NotRepeatable.
 
 Arrays of the step lie in an arena (arena.py).
 """
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deltanet_ref.backends.cuda.arena import Arena, NotRepeatable, plan, recording
+from deltanet_ref.backends.cuda.device import on_host
 from deltanet_ref.backends.packed import PackedArrays
 
 
@@ -23,8 +24,8 @@ class Input(NamedTuple):
     """An upload that is made before every launch."""
 
     name: str
-    take: object  # index of the rows, or None
-    shape: tuple
+    make: Callable | None  # of the input, as Device.upload takes it
+    shape: tuple  # of the input, as it was given
     array: object  # on the device
 
 
@@ -43,15 +44,15 @@ class Uploads:
         """The recorded run has ended, the captured one begins."""
         self.capturing, self._next = True, 0
 
-    def __call__(self, host, dtype=None, take=None):
+    def __call__(self, host, dtype=None, make=None):
         """Device.upload."""
         name = next((name for name, array in self.inputs.items() if _is_view_of(host, array)), None)
-        value = np.array(host if take is None else host[take], dtype, order="C")
+        value = on_host(host, dtype, make)
         number, self._next = self._next, self._next + 1
         if not self.capturing:
             with self.device.xp.cuda.using_allocator(self.allocator):
                 array = self.device.xp.asarray(value)
-            self.made.append((name and Input(name, take, host.shape, array), value, array))
+            self.made.append((name and Input(name, make, host.shape, array), value, array))
             return array
         found, before, array = self.made[number] if number < len(self.made) else (None, None, None)
         same = array is not None and before.shape == value.shape and before.dtype == value.dtype
@@ -66,8 +67,7 @@ class Uploads:
         """Upload the inputs again."""
         for found, value, array in self.made:
             if found:
-                host = self.inputs[found.name].reshape(found.shape)
-                array.set(np.array(host if found.take is None else host[found.take], value.dtype, order="C"))
+                array.set(on_host(self.inputs[found.name].reshape(found.shape), value.dtype, found.make))
 
 
 def _is_view_of(x, whole):
@@ -86,10 +86,11 @@ def _equal(a, b):
 class Graph:
     """One step of one shape, ready to launch."""
 
-    def __init__(self, device, inputs: dict, step: Callable, memory: Callable):
+    def __init__(self, device, inputs: dict, other: dict, step: Callable, memory: Callable):
         """Records the step and captures it on the current stream, where it must have run before: it may not compile,
         load libraries, or decode weights any more.
 
+        other   other inputs of the same shape
         step    (**inputs) -> tuples and lists of device arrays, and of dicts of arrays, which become PackedArrays
         memory  size -> MemoryPointer, which may be in use by other graphs
         """
@@ -100,8 +101,7 @@ class Graph:
         self.plan = plan(recorder.allocations)  # the results live on
         del results
         self._arena = Arena(device.xp, self.plan, memory(self.plan.size))
-        for array in self.inputs.values():
-            _disturb(array)
+        self._set(other)
         self._uploads.capture()
         stream = device.xp.cuda.get_current_stream()
         with device.uploading(self._uploads), self._arena.handing_out():
@@ -113,21 +113,18 @@ class Graph:
 
     def launch(self, inputs: dict):
         """The results for these inputs: copies, since the next launch overwrites the arena."""
-        for name, array in inputs.items():
-            self.inputs[name][...] = array
+        self._set(inputs)
         self._uploads.fill()
         self.replay()
         return _copied(self._results)
 
+    def _set(self, inputs):
+        for name, array in inputs.items():
+            self.inputs[name][...] = array
+
     def replay(self):
         """Do the work once more, with the inputs as they are; the results stay in the arena."""
         self._graph.launch()
-
-
-def _disturb(array):
-    """Other numbers of the same shape: in reverse order. Negative ones (ignored labels) keep their places."""
-    kept = array >= 0
-    array[kept] = array[kept][::-1]
 
 
 def _packed(xp, x):
@@ -164,13 +161,13 @@ class Steps:
         """Why steps of some shapes are run as they are."""
         return [found for found in self._shapes.values() if isinstance(found, str)]
 
-    def run(self, key, inputs, step):
-        """step(**inputs). key: everything besides the numbers in inputs that the step depends on, their shapes too."""
+    def run(self, key, inputs, other, step):
+        """run_step of the interface."""
         if not self.graphs:
             return step(**inputs)
         self.device.xp.cuda.get_current_stream().synchronize()  # what the step reads has been computed
         with self._stream:
-            results = self._run(key, inputs, step)
+            results = self._run(key, inputs, other, step)
             self._stream.synchronize()
         return results
 
@@ -183,12 +180,12 @@ class Steps:
             self._memory, self._size = self.device.xp.cuda.alloc(size), size
         return self._memory
 
-    def _run(self, key, inputs, step):
+    def _run(self, key, inputs, other, step):
         new = key not in self._shapes
         found = self._shapes.pop(key, None)
         if found is None and not new:
             try:
-                found = Graph(self.device, inputs, step, self._block)
+                found = Graph(self.device, inputs, other, step, self._block)
             except NotRepeatable as error:
                 found = str(error)
         self._shapes[key] = found

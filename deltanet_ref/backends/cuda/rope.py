@@ -12,7 +12,11 @@ def rope_tables(device, positions, rotary_dim, theta, sections=None, dtype=np.fl
     activations."""
     if np.dtype(dtype) not in (np.dtype(np.float32), device.bf16):
         raise InputError(f"the cuda backend rotates float32 and bfloat16, not {np.dtype(dtype)}")
-    return tuple(map(device.upload, ops.rope_tables(positions, rotary_dim, theta, sections, np.float32)))
+
+    def table(i):
+        return lambda positions: ops.rope_tables(positions, rotary_dim, theta, sections, np.float32)[i]
+
+    return tuple(device.upload(positions, make=table(i)) for i in (0, 1))
 
 
 def rope_forward(device, x, cos, sin):

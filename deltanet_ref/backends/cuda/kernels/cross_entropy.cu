@@ -91,10 +91,11 @@ cross_entropy_forward(const REAL* logits, const int* labels, float* peak, float*
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 cross_entropy_backward(const REAL* logits, const int* labels, const float* peak, const float* total, REAL* dlogits,
-                       int V, float share) {
+                       int V, float dloss, const float* count) {
     const long long row = static_cast<long long>(blockIdx.x) * V;
     const int label = labels[blockIdx.x];
-    row_gradient(logits + row, dlogits + row, V, label, label < 0, peak[blockIdx.x], total[blockIdx.x], share);
+    row_gradient(logits + row, dlogits + row, V, label, label < 0, peak[blockIdx.x], total[blockIdx.x],
+                 dloss / *count);
 }
 
 // ---- logits of a linear map, in tiles of `columns` words from `start` on, whose rows are `stride` apart. grid: rows
@@ -134,9 +135,13 @@ linear_cross_entropy_tile(const float* s, const int* labels, const REAL* w, floa
 
 // weighted becomes the row's gradient; null where none is needed.
 extern "C" __global__ void __launch_bounds__(THREADS)
-linear_cross_entropy_end(const float* peak, const float* total, const float* label_logit, const REAL* label_row,
-                         float* weighted, float* surprise, int D) {
+linear_cross_entropy_end(const int* labels, const float* peak, const float* total, const float* label_logit,
+                         const REAL* label_row, float* weighted, float* surprise, int D) {
     const int row = blockIdx.x;
+    if (labels[row] < 0) {
+        if (threadIdx.x == 0) surprise[row] = 0.0f;
+        return;  // its row of weighted is never read
+    }
     const long long at = static_cast<long long>(row) * D;
     const float sum = total[row];
     if (threadIdx.x == 0) surprise[row] = logf(sum) + (peak[row] - label_logit[row]);    // 4  -log p
@@ -147,7 +152,8 @@ linear_cross_entropy_end(const float* peak, const float* total, const float* lab
 
 // dx = share dx_row for kept rows, of which place is the number, and 0 for the others, whose place is -1.
 extern "C" __global__ void __launch_bounds__(THREADS)
-linear_cross_entropy_dx(const float* dx_row, const int* place, REAL* dx, int D, float share) {
+linear_cross_entropy_dx(const float* dx_row, const int* place, REAL* dx, int D, float dloss, const float* count) {
+    const float share = dloss / *count;
     const int kept = place[blockIdx.x];
     REAL* y = dx + static_cast<long long>(blockIdx.x) * D;
     const float* x = dx_row + static_cast<long long>(kept < 0 ? 0 : kept) * D;
@@ -157,10 +163,11 @@ linear_cross_entropy_dx(const float* dx_row, const int* place, REAL* dx, int D, 
 // A tile of logits becomes a tile of their gradient.
 extern "C" __global__ void __launch_bounds__(THREADS)
 linear_cross_entropy_dlogits(const float* s, const int* labels, const float* peak, const float* total, REAL* dlogits,
-                             int start, int columns, int stride, float share) {
+                             int start, int columns, int stride, float dloss, const float* count) {
     const long long at = static_cast<long long>(blockIdx.x) * stride;
-    row_gradient(s + at, dlogits + at, columns, labels[blockIdx.x] - start, false, peak[blockIdx.x], total[blockIdx.x],
-                 share);
+    const int label = labels[blockIdx.x];
+    row_gradient(s + at, dlogits + at, columns, label - start, label < 0, peak[blockIdx.x], total[blockIdx.x],
+                 dloss / *count);
 }
 
 // ---- rows
@@ -172,10 +179,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather_rows(const REAL* x,
 }
 
 // mean = sum of x (n,) / count. grid: 1
-extern "C" __global__ void __launch_bounds__(THREADS) sum_rows(const float* x, float* mean, int n, float count) {
+extern "C" __global__ void __launch_bounds__(THREADS) sum_rows(const float* x, float* mean, int n, const float* count) {
     __shared__ float sums[WARPS];
     float sum = 0.0f;
     for (int i = threadIdx.x; i < n; i += THREADS) sum += x[i];
     sum = block_sum<WARPS>(sum, sums);
-    if (threadIdx.x == 0) mean[0] = sum / count;
+    if (threadIdx.x == 0) mean[0] = sum / *count;
 }
