@@ -8,6 +8,7 @@
 # make test-machines  the numeric tests under each OpenBLAS kernel, numba target and number of threads that this
 #                     processor can run (30 minutes; ARGS=--short: three machines, fewer tests, 6 minutes)
 # make test-peers     compare live with HF, PEFT and llama.cpp (10 minutes)
+# make test-cuda      the CUDA kernels on this CPU: numbers, races, bounds, each barrier switched off (8 minutes; needs g++)
 # make test-wheel     all tests against a wheel built from the sdist, outside the checkout (8 minutes; ARGS="-m 'not slow'": 2)
 # make fuzz           10,000 damaged files of each kind, guided by the code that they reach (Linux)
 # make vectors        make the conformance vectors anew from the definition, and check them
@@ -37,6 +38,9 @@ test-machines: .venv/ready
 test-peers: .venv-peers/ready
 	.venv-peers/bin/python -m pytest tests/peers
 
+test-cuda: .venv-cuda/ready
+	.venv-cuda/bin/python -m pytest -n 2 --dist worksteal tests/cuda $(ARGS)
+
 test-wheel:
 	PYTHON=$(PYTHON) .ci/test-wheel $(ARGS)
 
@@ -56,9 +60,14 @@ vectors: .venv/ready
 	.venv/bin/python -m pip install --quiet --editable '.[fuzz]'
 	touch $@
 
+.venv-cuda/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --editable '.[test,cuda13]'
+	touch $@
+
 .venv-peers/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --editable '.[test,peers]'
 	touch $@
 
-.PHONY: demo lint test test-fast test-long test-machines test-peers test-wheel fuzz vectors
+.PHONY: demo lint test test-fast test-long test-machines test-peers test-cuda test-wheel fuzz vectors

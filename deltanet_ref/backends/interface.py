@@ -25,14 +25,17 @@ class StoredTensors(Protocol):
     """Optional capability `stored`: tensors in the types of a GGUF file, on the backend.
 
     A tensor is anything with raw (its bytes, a NumPy array), type (gguf.GGMLQuantizationType) and shape, rows first.
+    Results have the dtype of x or dy.
     """
 
     few_rows: int  # up to this many rows of x, the stored form is faster than a decoded copy that is kept
 
     def decodes(type, shape) -> bool: ...  # whether the products take such a tensor
+    def resident(tensor): ...  # the same tensor with raw where the products read it: on the device
     def dequantize(raw, type, shape, dtype=np.float32) -> Array: ...  # any type that formats.quants decodes
-    def linear_forward(x: Array, tensors: list) -> list: ...  # x w^T for each tensor w; float32
-    def linear_backward_input(dy: Array, tensor) -> Array: ...  # dy w; float32
+    def embedding_forward(tokens, tensor, dtype): ...  # the rows of a tensor by token, as ops.embedding_forward
+    def linear_forward(x: Array, tensors: list) -> list: ...  # x w^T for each tensor w
+    def linear_backward_input(dy: Array, tensor) -> Array: ...  # dy w
 
 
 class Backend(Protocol):
@@ -51,6 +54,8 @@ class Backend(Protocol):
     set_threads: Callable | None  # n -> the number so far; the kernels' threads. None: only the BLAS is limited
     stored: StoredTensors | None  # None: formats.quants decodes a tensor, linear_* multiply it
     delta_layer_step: Callable | None  # one token of a delta layer between projections. None: the operators
+    memory_of: Callable | None  # what a step needs and could have. None: not known
+    run_step: Callable | None  # runs a training step, again and again. None: the step is called
 
     # ---- operators
     def adamw_update(p, g, m, v, *, t, lr, betas, eps, weight_decay): ...
@@ -103,7 +108,28 @@ def _delta_layer_step(qkv, z, b, a, conv_state, S, *, conv, decay, dt_bias, norm
 def _set_threads(n): ...
 
 
-OPTIONAL = {"device": str, "set_threads": _set_threads, "stored": StoredTensors, "delta_layer_step": _delta_layer_step}
+def _memory_of(step):
+    """(the most bytes that step() needs at one time, the bytes that are free for it)."""
+
+
+def _run_step(key, inputs, step):
+    """step(**inputs), which returns tuples, lists and dicts of arrays; possibly recorded and replayed.
+
+    key     hashable: all that the step depends on besides the numbers in inputs; shapes and the places of negative
+            numbers in them included
+    inputs  name -> integer NumPy array
+    step    reads nothing back from the device
+    """
+
+
+OPTIONAL = {
+    "device": str,
+    "set_threads": _set_threads,
+    "stored": StoredTensors,
+    "delta_layer_step": _delta_layer_step,
+    "memory_of": _memory_of,
+    "run_step": _run_step,
+}
 OPERATORS = tuple(
     name for name, member in vars(Backend).items() if inspect.isfunction(member) and not name.startswith("_")
 )  # to_host is one of them

@@ -4,6 +4,7 @@ Inside, tokens are one row (1, T) with cu_seqlens: a batch becomes its sequences
 removed before anything is computed. Arrays live on the backend (NumPy arrays unless it says otherwise); tokens, labels,
 lengths and cu_seqlens are NumPy arrays.
 """
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,6 +41,19 @@ class ForwardCache(NamedTuple):
     options: dict             # of all blocks: shared, cu_seqlens
 
 
+class Same:
+    """An object as part of a key: equal to itself alone, and to nothing once it is gone. The key does not keep it."""
+
+    def __init__(self, it):
+        self._it, self._hash = weakref.ref(it), id(it)
+
+    def __eq__(self, other):
+        return isinstance(other, Same) and self._it() is other._it() is not None
+
+    def __hash__(self):
+        return self._hash
+
+
 class HeadRows:
     """The head as linear_cross_entropy takes it: rows are decoded on request."""
 
@@ -71,6 +85,7 @@ class Qwen35:
         self.adapters = {} if adapters is None else adapters
         self.layers = [Layer(i, config, weights, self.adapters, observe) for i in range(config.num_hidden_layers)]
         self.head = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
+        self._observed = observe is not None
         self._observe = observe or (lambda name, array: None)
 
     def observed(self, observe: Callable) -> "Qwen35":
@@ -162,7 +177,7 @@ class Qwen35:
         packed, targets = self._pack_with_targets(tokens, labels, lengths, cu_seqlens)
         h, _ = self._forward(packed, keep_from=None)
         loss, _ = self._head_loss(h, targets, grads=None)
-        return loss
+        return float(loss)
 
     def _forward(self, packed, keep_from, keep=None):
         """Hidden states (1, T, D) after the last norm, and the ForwardCache of the blocks from keep_from on (None: of
@@ -180,8 +195,7 @@ class Qwen35:
         return h, ForwardCache(blocks, norm, options)
 
     def _embed(self, tokens):
-        used, index = np.unique(tokens, return_inverse=True)
-        h = self.backend.embedding_forward(index.reshape(tokens.shape), self.weights.rows("token_embd.weight", used))
+        h = self.weights.embedding_forward("token_embd.weight", tokens)
         self._observe("embed", h)
         return h
 
@@ -216,9 +230,26 @@ class Qwen35:
             raise InputError(f"wrt={wrt!r} is unknown: use 'all' (every base tensor) or 'lora' (the adapter's factors)")
         if keep not in KEEP:
             raise InputError(f"keep={keep!r} is unknown: use {', '.join(map(repr, KEEP))}")
-        grads = Gradients(base=wrt == "all", trained=self._trained() if wrt == "lora" else None)
-        lowest = self._lowest_block(grads)
+        trained = self._trained() if wrt == "lora" else None
         packed, targets = self._pack_with_targets(tokens, labels, lengths, cu_seqlens)
+
+        def step(tokens, targets):
+            return self._loss_and_grads(packed._replace(tokens=tokens), targets, trained, keep)
+
+        if self.backend.run_step is None or trained is None or self._observed:
+            loss, grads = step(packed.tokens, targets)
+        else:
+            attached = list(self.adapters.values())
+            arrays = [x for a in attached for x in a.adapter.tensors.values()]
+            key = (Same(self.weights), self.weights.version, keep, packed.cu_seqlens.tobytes(),
+                   (targets >= 0).tobytes(), *((a.scale, a is trained) for a in attached), *map(Same, arrays))
+            loss, grads = self.backend.run_step(key, dict(tokens=packed.tokens, targets=targets), step)
+        return float(loss), grads
+
+    def _loss_and_grads(self, packed, targets, trained, keep):
+        """loss, gradients as arrays of the backend; trained: the Attached adapter, or None for the base."""
+        grads = Gradients(base=trained is None, trained=trained)
+        lowest = self._lowest_block(grads)
         h, cache = self._forward(packed, keep_from=lowest, keep=keep)
         loss, dh = self._head_loss(h, targets, grads)
         self._observe("d.output_norm", dh)
@@ -248,11 +279,11 @@ class Qwen35:
         head = HeadRows(self.weights, self.head)
         loss, cache = self.backend.linear_cross_entropy_forward(h[0], head, targets, need_gradient=grads is not None)
         if grads is None:
-            return float(loss), None
+            return loss, None
         dh, dw = self.backend.linear_cross_entropy_backward(1.0, cache, need_dw=grads.base)
         if grads.base:
             grads.add(self.head, dw)
-        return float(loss), dh[None]
+        return loss, dh[None]
 
     # ---- token by token
 

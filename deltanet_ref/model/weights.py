@@ -12,6 +12,7 @@ from deltanet_ref.formats import quants
 from deltanet_ref.formats.gguf import GGUFTensor
 from deltanet_ref.model.tensors import expected_tensors, wide_dtype
 
+UNQUANTISED = (*quants.PLAIN, Type.BF16)
 MODES = ("auto", "mapped", "expanded")
 SHARE = 0.5                   # of the available memory, for tensors that "auto" keeps decoded
 
@@ -41,15 +42,19 @@ class Weights(Mapping):
         self._dtypes = {name: self.dtype if spec.is_matrix else self.wide_dtype for name, spec in expected.items()}
         self._stored = {name: self._plain(name, tensor) for name, tensor in stored.items()}
         self._kept = dict.fromkeys(self._to_keep(mode))          # name -> array, None until it is needed
+        self.version = 0                                         # counts replacements of tensors
+        self._resident = {}                                      # name -> stored tensor where products read it
         self._checked = set()                                    # names of tensors known to be finite
 
     def _plain(self, name, tensor):
         """A dense tensor, or one stored in the dtype it is used in, as an array of the backend; others as they are."""
         dtype = self._dtypes[name]
         if isinstance(tensor, GGUFTensor):
-            if tensor.type not in quants.PLAIN or quants.PLAIN[tensor.type] != dtype:
+            unchanged = tensor.type in quants.PLAIN and quants.PLAIN[tensor.type] == dtype
+            copied = self.backend.device is not None and tensor.type in UNQUANTISED      # to the device in any case
+            if not (unchanged or copied):
                 return tensor
-            tensor = quants.dequantize(tensor.raw, tensor.type, tensor.shape, dtype)
+            tensor = quants.dequantize(tensor.raw, tensor.type, tensor.shape, self.wide_dtype)
         return self.backend.xp.asarray(tensor if dtype == self.wide_dtype else np.asarray(tensor).astype(dtype))
 
     def _to_keep(self, mode):
@@ -81,6 +86,17 @@ class Weights(Mapping):
         if self._kept[name] is None:
             self._kept[name] = self._decode(name, tensor.raw, tensor.shape)
         return self._kept[name]
+
+    def embedding_forward(self, name: str, tokens):
+        """w[name][tokens]: tokens int (...) -> (..., D). Decodes only the rows that are used, or reads them where the
+        tensor is kept as an array."""
+        if not self._is_stored(name) or self._kept.get(name) is not None:
+            return self.backend.embedding_forward(tokens, self[name])
+        if self._decodes(name):
+            self._check(name)
+            return self.backend.stored.embedding_forward(tokens, self._on_backend(name), self.dtype)
+        used, index = np.unique(tokens, return_inverse=True)
+        return self.backend.embedding_forward(index.reshape(tokens.shape), self.rows(name, used))
 
     def rows(self, name: str, ids):
         """w[name][ids], (n, D) for int ids (n,) or a slice.
@@ -130,15 +146,21 @@ class Weights(Mapping):
         if as_stored:
             for name in as_stored:
                 self._check(name)
-            products = ops.stored.linear_forward(x, [self._stored[name] for name in as_stored])
+            products = ops.stored.linear_forward(x, [self._on_backend(name) for name in as_stored])
             results = dict(zip(as_stored, products, strict=True))
         return [results[name] if name in results else ops.linear_forward(x, self[name]) for name in names]
 
     def linear_backward_input(self, name: str, dy):
         """dx = dy w: dy (..., out) -> dx (..., in)."""
         if name not in self._kept and self._multiplied_as_stored(name):
-            return self.backend.stored.linear_backward_input(dy, self._stored[name])
+            return self.backend.stored.linear_backward_input(dy, self._on_backend(name))
         return self.backend.linear_backward_input(dy, self[name])
+
+    def _on_backend(self, name):
+        """A stored tensor with its bytes where the backend multiplies it."""
+        if name not in self._resident:
+            self._resident[name] = self.backend.stored.resident(self._stored[name])
+        return self._resident[name]
 
     def _multiplied_as_stored(self, name):
         return self._is_stored(name) and self.wide_dtype == np.float32 and self._decodes(name)
@@ -148,6 +170,7 @@ class Weights(Mapping):
         if array.shape != self.shape(name):
             raise InputError(f"{name} is {self.shape(name)}, it cannot be replaced by an array of {array.shape}")
         self._stored[name] = array
+        self.version += 1
 
     def shape(self, name: str) -> tuple:
         """The tensor's shape, rows first; nothing is decoded."""

@@ -34,7 +34,7 @@ from deltanet_ref.ops.swiglu import swiglu_backward, swiglu_forward
 
 name, xp = "numpy", np
 dtypes = {name: np.dtype(name) for name in ("float32", "float64")}
-device = set_threads = stored = delta_layer_step = None                    # optional capabilities that it lacks
+device = set_threads = stored = delta_layer_step = memory_of = run_step = None      # capabilities that it lacks
 
 
 def to_host(x):

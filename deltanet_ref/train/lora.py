@@ -11,6 +11,7 @@ from deltanet_ref.train.adamw import AdamW
 from deltanet_ref.train.batches import Example, shuffled
 from deltanet_ref.train.data import encode_dataset, read_dataset, sequence_limit
 from deltanet_ref.train.evaluate import mean_loss
+from deltanet_ref.train.fitting import what_fits
 from deltanet_ref.train.loop import fit
 from deltanet_ref.train.memory import peak_memory, start_phase
 from deltanet_ref.train.report import Silent, TrainReport, format_trainable
@@ -136,14 +137,16 @@ def run(
     console = console or Silent()
     console.line(format_trainable(trainable, total))
 
+    keep = "inputs" if options.checkpoint else "products"
+
     def loss_and_grads(batch):
-        return model.loss_and_grads(
-            batch.tokens,
-            batch.labels,
-            cu_seqlens=batch.cu_seqlens,
-            wrt="lora",
-            keep="inputs" if options.checkpoint else "products",
-        )
+        try:
+            return model.loss_and_grads(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens, wrt="lora", keep=keep)
+        except MemoryError:
+            if model.backend.memory_of is None:
+                raise
+        # the error has been dropped, and with it the arrays of the step
+        raise MemoryError(what_fits(model, batch.tokens.size, keep))
 
     def evaluate():
         return mean_loss(model, splits["valid"], options.batch_size)

@@ -17,7 +17,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from deltanet_ref.backends import has_card
+from deltanet_ref.backends.cuda import quants
+from deltanet_ref.backends.cuda.arena import peak, recording
 from deltanet_ref.backends.cuda.device import Device
+from deltanet_ref.backends.cuda.graph import Steps
+from deltanet_ref.backends.cuda.stored_embedding import stored_embedding_forward
 from deltanet_ref.errors import InputError
 
 # module -> the operators in it
@@ -55,9 +60,18 @@ def backend_of(device: Device, name: str, description: str) -> SimpleNamespace:
         dtypes={"float32": np.dtype(np.float32), "bfloat16": device.bf16},
         device=description,
         set_threads=None,
-        stored=None,
+        stored=stored(device),
         delta_layer_step=None,
+        memory_of=functools.partial(memory_of, device),
+        run_step=Steps(device).run,
     )
+
+
+def stored(device):
+    """The capability of this name, complete."""
+    capability = quants.stored(device)
+    capability.embedding_forward = functools.partial(stored_embedding_forward, device)
+    return capability
 
 
 def to_host(device, x):
@@ -66,18 +80,31 @@ def to_host(device, x):
     return host.astype(np.float32) if host.dtype == device.bf16 else host
 
 
+def memory_of(device, step):
+    """(the most bytes that step() needs at one time, the bytes that are free for it)."""
+    free = device.free_memory()
+    with recording(device.xp) as recorder:
+        step()
+    return peak(recorder.allocations), free
+
+
 @functools.cache
 def card() -> SimpleNamespace:
     """The backend "cuda", on the current card. Raises InputError that names what is missing and how to install it."""
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
-        raise InputError(f"backend 'cuda' needs {' and '.join(missing)}, which is not installed: {INSTALL}")
+        raise InputError(f"backend 'cuda' needs packages that are not installed, {' and '.join(missing)}: {INSTALL}")
+    if not has_card():
+        raise InputError(
+            "backend 'cuda' finds no card: NVIDIA's driver (libcuda.so.1) is not installed or sees none; use "
+            "backend='numba'"
+        )
     import cupy
 
     try:
         properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise InputError(f"backend 'cuda' finds no card that it can use: {error}; use backend='numba'") from None
+        raise InputError(f"backend 'cuda' cannot use the card: {error}; use backend='numba'") from None
     version = f"sm_{properties['major']}{properties['minor']}"
     if properties["major"] < 8:
         raise InputError(

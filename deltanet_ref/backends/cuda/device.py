@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,6 @@ import numpy as np
 from deltanet_ref.backends.cuda import blas
 
 KERNELS = Path(__file__).parent / "kernels"
-STATIC_LIMIT = 48 * 1024  # bytes of dynamic shared memory that a kernel may use without asking for them
 C_TYPES = {"float32": "float", "bfloat16": "__nv_bfloat16", "float64": "double"}
 
 
@@ -30,7 +30,8 @@ class Device:
 
     def __init__(self, xp):
         self.xp = xp
-        self._modules, self._functions = {}, {}
+        self._modules, self._kernels = {}, {}
+        self._uploads = None
 
     @functools.cached_property
     def bf16(self) -> np.dtype:
@@ -53,9 +54,29 @@ class Device:
         """x itself if it is in C order, or a copy that is."""
         return x if x.flags.c_contiguous else self.xp.ascontiguousarray(x)
 
-    def upload(self, host_array, dtype=None):
-        """A NumPy array, or anything that becomes one, as an array of the device."""
-        return self.xp.asarray(np.asarray(host_array, dtype, order="C"))
+    def upload(self, host_array, dtype=None, take=None):
+        """A NumPy array, or anything that becomes one, as an array of the device.
+
+        take: an index, applied on the host. An input of a step that becomes a graph (graph.py) must arrive here whole,
+        and with take what the step needs of it, so that it can be uploaded again.
+        """
+        if self._uploads is not None:
+            return self._uploads(host_array, dtype, take)
+        return self.xp.asarray(np.array(host_array if take is None else host_array[take], dtype, order="C"))
+
+    @contextmanager
+    def uploading(self, uploads):
+        """Inside the with block upload is uploads, called with the same arguments."""
+        self._uploads = uploads
+        try:
+            yield
+        finally:
+            self._uploads = None
+
+    def free_memory(self) -> int:
+        """Bytes that can be allocated."""
+        self.xp.get_default_memory_pool().free_all_blocks()
+        return self.xp.cuda.runtime.memGetInfo()[0]
 
     # ---- matrix products
 
@@ -87,14 +108,18 @@ class Device:
         shared  bytes of dynamic shared memory
         macros  -D definitions: numbers, text, or a dtype, which becomes its C type (REAL=np.float32)
         """
+        key = file, name, shared, frozenset(macros.items())
+        if key not in self._kernels:
+            self._kernels[key] = self._compile(file, name, shared, macros)
+        return self._kernels[key]
+
+    def _compile(self, file, name, shared, macros):
         macros = tuple((macro, self._macro(value)) for macro, value in sorted(macros.items()))
         if (file, macros) not in self._modules:  # its entry points are compiled together
             options = ("-std=c++17", f"-I{KERNELS}", *(f"-D{macro}={value}" for macro, value in macros))
             self._modules[file, macros] = self.xp.RawModule(code=source(file), options=options)
-        if (file, macros, name) not in self._functions:
-            self._functions[file, macros, name] = self._modules[file, macros].get_function(name)
-        function = self._functions[file, macros, name]
-        if shared > max(STATIC_LIMIT, function.max_dynamic_shared_size_bytes):
+        function = self._modules[file, macros].get_function(name)
+        if shared > function.max_dynamic_shared_size_bytes:  # the limit is the function's, not that of one launch
             function.max_dynamic_shared_size_bytes = shared
         return Kernel(function, shared)
 

@@ -16,6 +16,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from deltanet_ref.backends.cuda.emulator.build import compile
+
 POISON = 0xFF  # all bytes of fresh memory: a NaN in every floating-point type, -1 in integers
 ALIGNMENT = 512  # of memory, as that of CuPy's pool
 
@@ -31,17 +33,29 @@ class FreedMemory(RuntimeError):
 # ---- memory
 
 
+class OutOfMemoryError(MemoryError):
+    """As CuPy's."""
+
+
 class Memory:
     """A block of device memory."""
 
     blocks: "weakref.WeakSet[Memory]" = weakref.WeakSet()  # those that exist
+    total = 1 << 40  # bytes of memory of the device
 
     def __init__(self, size: int):
+        if size > self.free():
+            raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes")
         raw = np.full(size + ALIGNMENT, POISON, np.uint8)
         start = -raw.ctypes.data % ALIGNMENT
         self.size, self.bytes = size, raw[start : start + size]
         self.ptr = self.bytes.ctypes.data
         Memory.blocks.add(self)
+
+    @classmethod
+    def free(cls) -> int:
+        """Bytes that are not used."""
+        return cls.total - sum(block.size for block in cls.blocks) if cls.total < 1 << 40 else cls.total
 
     @classmethod
     def at(cls, ptr: int, size: int) -> "Memory":
@@ -50,6 +64,19 @@ class Memory:
             if block.ptr <= ptr and ptr + size <= block.ptr + block.size:
                 return block
         raise FreedMemory(f"no memory of the device has the {size} bytes from {ptr:#x}")
+
+
+class ForeignMemory:
+    """Bytes of a Memory that malloc_func returned; free_func gets their address when no array needs them any more."""
+
+    def __init__(self, size: int, malloc_func, free_func):
+        self.size, self.ptr = size, malloc_func(size, 0) if size else 0
+        self.block = Memory.at(self.ptr, size) if size else Memory(0)
+        start = self.ptr - self.block.ptr if size else 0
+        self.bytes = self.block.bytes[start : start + size]
+        self.ptr = self.ptr or self.block.ptr
+        if size:
+            weakref.finalize(self, free_func, self.ptr, 0).atexit = False
 
 
 class MemoryPointer:
@@ -68,6 +95,17 @@ class MemoryPointer:
 def alloc(size: int) -> MemoryPointer:
     """Fresh memory: the default allocator."""
     return MemoryPointer(Memory(size), 0)
+
+
+class PythonFunctionAllocator:
+    """An allocator made of malloc_func(size, device) -> address and free_func(address, device)."""
+
+    def __init__(self, malloc_func, free_func):
+        self.malloc_func, self.free_func = malloc_func, free_func
+
+    def malloc(self, size: int) -> MemoryPointer:
+        """The allocator."""
+        return MemoryPointer(ForeignMemory(size, self.malloc_func, self.free_func), 0)
 
 
 _allocator = alloc
@@ -192,7 +230,7 @@ def _submit_on(function, memory):
     if graph is None:
         function()
     else:
-        graph.work.append((function, [weakref.ref(block) for block in memory]))
+        graph.work.append((function, [weakref.ref(getattr(block, "block", block)) for block in memory]))
 
 
 # ---- kernels
@@ -202,22 +240,18 @@ class RawModule:
     """A CUDA source, compiled by the emulator. Options other than -I and -D are for NVRTC and not read."""
 
     def __init__(self, *, code: str, options: tuple = (), backend="nvrtc"):
-        from deltanet_ref.backends.cuda.emulator.build import compile
-
         include_dirs = [option[2:] for option in options if option.startswith("-I")]
         macros = dict(option[2:].partition("=")[::2] for option in options if option.startswith("-D"))
         self.library = compile(code, include_dirs, macros)
+        self.functions = {}
 
     def get_function(self, name: str) -> "RawKernel":
-        """The entry point of this name."""
-        return RawKernel(self.library, name)
+        """The entry point of this name; always the same one, since its attributes belong to the compiled function."""
+        return self.functions.setdefault(name, RawKernel(self.library, name))
 
 
 class RawKernel:
-    """An entry point. recorders: called with (library, name, grid, block, args, shared_mem) at every launch; args are
-    NumPy arrays (views of the device's memory), ctypes scalars and None."""
-
-    recorders: list = []
+    """An entry point."""
 
     def __init__(self, library, name):
         self.library, self.name = library, name
@@ -229,17 +263,8 @@ class RawKernel:
                 f"{self.name} is launched with {shared_mem} bytes of shared memory, it may use "
                 f"{self.max_dynamic_shared_size_bytes}: set max_dynamic_shared_size_bytes"
             )
-        arrays = [x for x in args if isinstance(x, ndarray)]
         values = [_argument(x) for x in args]
-        pointers = [ctypes.c_void_p(x.ctypes.data) if isinstance(x, np.ndarray) else x for x in values]
-        pointers = [ctypes.c_void_p(None) if x is None else x for x in pointers]
-
-        def launch():
-            for recorder in self.recorders:
-                recorder(self.library, self.name, grid, block, values, shared_mem)
-            self.library.launch(self.name, grid, block, pointers, shared_mem)
-
-        _submit(launch, arrays)
+        _submit(lambda: self.library.launch(self.name, grid, block, values, shared_mem), _device_arrays(*args))
 
 
 SCALARS = {np.int32: ctypes.c_int, np.int64: ctypes.c_longlong, np.float32: ctypes.c_float}
@@ -349,6 +374,10 @@ class ndarray:
         if shaped.size == 0 or np.shares_memory(shaped, self._host):
             return ndarray(shaped, self._mem)
         return ascontiguousarray(self).reshape(*shape)
+
+    def view(self, dtype):
+        """The same bytes in another dtype."""
+        return ndarray(self._host.view(dtype), self._mem)
 
     def __getitem__(self, index):
         index = _unwrapped_index(index)
@@ -482,7 +511,7 @@ def _device_arrays(*operands):
 def _unwrapped_index(index):
     if isinstance(index, tuple):
         return tuple(map(_unwrapped_index, index))
-    if isinstance(index, ndarray):
+    if isinstance(index, ndarray | np.ndarray | list):
         _refuse_in_capture("an array is indexed by an array")
     return _host(index)
 
@@ -548,7 +577,21 @@ def concatenate(arrays, axis=0) -> ndarray:
     """The arrays one after the other along an axis."""
     arrays = list(arrays)
     _check_operands(*arrays)
+    if len(arrays) > 8:
+        _refuse_in_capture("more than 8 arrays are concatenated, for which CuPy uploads a table of addresses,")
     return _computed(lambda *parts: np.concatenate(parts, axis), *arrays)
+
+
+def _as_strided(x, shape, strides) -> ndarray:
+    """A view with this shape and these strides in bytes, as CuPy's; it must lie in the memory of x."""
+    view = np.lib.stride_tricks.as_strided(x._host, shape, strides)
+    low, high = np.lib.array_utils.byte_bounds(view)
+    if low < x._mem.ptr or high > x._mem.ptr + x._mem.size:
+        raise ValueError(f"a view {shape} with strides {strides} leaves the memory of its array")
+    return ndarray(view, x._mem)
+
+
+lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
 
 
 def _elementwise(name):
@@ -632,12 +675,20 @@ def _bfloat16():
 
 cublas = Cublas()
 
+
+def get_default_memory_pool():
+    """There is none: memory is freed at once."""
+    return SimpleNamespace(free_all_blocks=lambda: None)
+
+
 cuda = SimpleNamespace(
+    runtime=SimpleNamespace(memGetInfo=lambda: (Memory.free(), Memory.total)),
     Memory=Memory,
     MemoryPointer=MemoryPointer,
     Stream=Stream,
     Graph=Graph,
     alloc=alloc,
+    PythonFunctionAllocator=PythonFunctionAllocator,
     set_allocator=set_allocator,
     get_allocator=get_allocator,
     using_allocator=using_allocator,

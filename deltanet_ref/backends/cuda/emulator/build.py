@@ -71,11 +71,7 @@ class Source(NamedTuple):
 
 
 def compile(
-    code: str,
-    include_dirs: Iterable = (),
-    macros: Mapping | None = None,
-    build: str = "plain",
-    name: str = "kernel.cu",
+    code: str, include_dirs: Iterable = (), macros: Mapping | None = None, build: str = "plain", name: str = "kernel.cu"
 ) -> "Library":
     """The library of a CUDA source.
 
@@ -151,7 +147,9 @@ def _headers():
 # ---- what the preprocessor cannot do: arrays in shared memory, the list of kernels
 
 DYNAMIC = re.compile(r"extern\s+__shared__\s+((?:__align__\(\d+\)\s*)?)([\w:][\w:\s]*?)\s*\b(\w+)\s*\[\s*\]\s*;")
-STATIC = re.compile(r"(?:static\s+)?__shared__\s+((?:__align__\(\d+\)\s*)?)([\w:][\w:\s<>,]*?)\s*\b(\w+)\s*((?:\[[^;]*?\])*)\s*;")
+STATIC = re.compile(
+    r"(?:static\s+)?__shared__\s+((?:__align__\(\d+\)\s*)?)([\w:][\w:\s<>,]*?)\s*\b(\w+)\s*((?:\[[^;]*?\])*)\s*;"
+)
 KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\(((?:[^()]|\([^()]*\))*)\)\s*)?(\w+)\s*\('
 )
@@ -276,7 +274,9 @@ class Library:
             raise InputError(f"there is no kernel {name} in {self.source.name}")
         return types.decode()
 
-    def launch(self, name: str, grid, block, args, shared_bytes: int = 0, off: Site | None = None, seed: int | None = None):
+    def launch(
+        self, name: str, grid, block, args, shared_bytes: int = 0, off: Site | None = None, seed: int | None = None
+    ):
         """Run a kernel for all blocks.
 
         grid, block   an int or up to three

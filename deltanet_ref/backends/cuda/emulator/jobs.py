@@ -1,10 +1,10 @@
 """Records launches and runs them again in processes of their own: under sanitizers, with a barrier switched off.
 
-    with recording() as launches:
-        library.launch(...)
-    run(launches, "thread").findings            # races
-    run(launches, "address").findings           # bounds, alignment
-    switch_off_each(launches)                   # site -> what noticed that it was missing, or None
+with recording() as launches:
+    library.launch(...)
+run(launches, "thread").findings            # races
+run(launches, "address").findings           # bounds, alignment
+switch_off_each(launches)                   # site -> what noticed that it was missing, or None
 """
 
 import ctypes
@@ -27,21 +27,34 @@ from .build import HERE, KernelError, Library, Site, arguments, compile_source, 
 SEEDS = (0, 1, 2, 3)  # orders of threads that a result must not depend on; 0 is the natural one
 SECONDS = 300  # that a process may run
 
-# Races are reported once each, but not suppressed where another site that is switched off leads to the same one. History:
-# with the longest one the first of the two accesses is seldom forgotten.
+# The longest history: the first one of two accesses is seldom forgotten.
+TSAN_OPTIONS = "exitcode=66:history_size=4:report_thread_leaks=0:atexit_sleep_ms=0"
+# Not after the first report, where tasks with different sites switched off may lead to the same one.
+TSAN_REPEATS = ":suppress_equal_stacks=0:suppress_equal_addresses=0"
 ENVIRONMENT = {
-    "TSAN_OPTIONS": "exitcode=66:suppress_equal_stacks=0:suppress_equal_addresses=0:history_size=4:report_thread_leaks=0",
     "ASAN_OPTIONS": "exitcode=66:detect_leaks=0:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 
 
+class Argument(NamedTuple):
+    """An argument of a launch: an array, or a number.
+
+    memory  index in Launch.memory; -1: a number, or a null pointer
+    value   offset in that memory, or the bits of the number
+    """
+
+    memory: int
+    value: int
+    shape: tuple = ()
+    dtype: np.dtype | None = None
+
+
 class Launch(NamedTuple):
     """A launch with copies of the arrays as they were before it.
 
-    arrays  bytes; arguments whose memory overlaps share one
+    memory  bytes; arrays that overlap share one
     shifts  address modulo 16 of each
-    args    (index of an array or -1, offset in it or the bits of a number) for each argument
     """
 
     library: Library
@@ -49,9 +62,9 @@ class Launch(NamedTuple):
     grid: tuple
     block: tuple
     shared_bytes: int
-    arrays: list[np.ndarray]
+    memory: list[np.ndarray]
     shifts: list[int]
-    args: list[tuple[int, int]]
+    args: list[Argument]
 
 
 class Finding(NamedTuple):
@@ -71,28 +84,34 @@ class Finding(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of launches. arrays: for each launch, or None if it did not end, the arrays of Launch afterwards."""
+    """What became of launches.
+
+    arrays  for each launch its arguments afterwards, None for numbers; None for a launch that did not end
+    """
 
     findings: list[Finding]
-    arrays: list[list[np.ndarray] | None]
+    arrays: list[list[np.ndarray | None] | None]
 
 
 # ---- recording
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """A list to which each launch of a Library inside the with block is added. Arguments must be arrays, not pointers."""
+def recording(recorders: list = Library.recorders) -> Iterator[list[Launch]]:
+    """A list to which each launch inside the with block is added. Arguments must be arrays, not pointers.
+
+    recorders  the list of functions that are told of launches: another class than Library may have its own
+    """
     launches = []
 
     def record(library, name, grid, block, args, shared_bytes):
         launches.append(recorded(library, name, grid, block, args, shared_bytes))
 
-    Library.recorders.append(record)
+    recorders.append(record)
     try:
         yield launches
     finally:
-        Library.recorders.remove(record)
+        recorders.remove(record)
 
 
 def recorded(library: Library, name: str, grid, block, args, shared_bytes: int = 0) -> Launch:
@@ -107,16 +126,16 @@ def recorded(library: Library, name: str, grid, block, args, shared_bytes: int =
             merged[-1][1] = max(end, merged[-1][1])
         else:
             merged.append([start, end])
-    arrays = [np.frombuffer(ctypes.string_at(start, end - start), np.uint8) for start, end in merged]
+    memory = [np.frombuffer(ctypes.string_at(start, end - start), np.uint8) for start, end in merged]
     bound = []
     for x, value in zip(args, arguments(library.types(name), args, name)):
         if isinstance(x, np.ndarray):
             at = max(i for i, (start, _) in enumerate(merged) if start <= x.ctypes.data)
-            bound.append((at, x.ctypes.data - merged[at][0]))
+            bound.append(Argument(at, x.ctypes.data - merged[at][0], x.shape, x.dtype))
         else:
-            bound.append((-1, int.from_bytes(bytes(value), "little")))
+            bound.append(Argument(-1, int.from_bytes(bytes(value), "little")))
     shifts = [start % 16 for start, _ in merged]
-    return Launch(library, name, triple(grid), triple(block), shared_bytes, arrays, shifts, bound)
+    return Launch(library, name, triple(grid), triple(block), shared_bytes, memory, shifts, bound)
 
 
 # ---- running
@@ -131,7 +150,7 @@ class Task(NamedTuple):
     seed: int = 0
     group: int | None = None
     expected: int = 0  # digest of the arrays; 0: any
-    contents: bool = False  # return the arrays
+    contents: bool = False  # return the memory
 
 
 class Outcome(NamedTuple):
@@ -142,7 +161,7 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
     message: str = ""
     sites: Sequence[Site] = ()
-    arrays: list[np.ndarray] | None = None
+    memory: list[np.ndarray] | None = None
 
 
 STATES = ("expected", "another", "failed", "reported", "left out")
@@ -152,7 +171,19 @@ def run(launches: Sequence[Launch], build: str = "plain", off: Site | None = Non
     """Run launches, independent of each other, and collect what the build reports."""
     tasks = [Task(launch, i, off, seed, contents=True) for i, launch in enumerate(launches)]
     outcomes, findings = execute(tasks, build)
-    return Result(findings, [outcome.arrays for outcome in outcomes])
+    return Result(findings, [_arrays(launch, outcome.memory) for launch, outcome in zip(launches, outcomes)])
+
+
+def _arrays(launch, memory):
+    """The arguments that are arrays, in the memory of a launch."""
+    if memory is None:
+        return None
+    return [
+        None
+        if argument.memory < 0
+        else np.ndarray(argument.shape, argument.dtype, memory[argument.memory], argument.value).copy()
+        for argument in launch.args
+    ]
 
 
 def execute(tasks: Sequence[Task], build: str) -> tuple[list[Outcome], list[Finding]]:
@@ -165,20 +196,19 @@ def execute(tasks: Sequence[Task], build: str) -> tuple[list[Outcome], list[Find
         job.write_bytes(struct.pack("<I", len(tasks)) + b"".join(_encode(task, paths, places) for task in tasks))
         while len(outcomes) < len(tasks):
             results.write_bytes(b"")
-            status, errors = _process(host_program(build), [job, memory, results, str(len(outcomes))])
+            repeats = any(task.group is not None for task in tasks)
+            status, errors = _process(host_program(build), [job, memory, results, len(outcomes)], repeats)
             done = len(outcomes)
             outcomes += _read_results(results.read_bytes(), tasks[done:])
             findings += _findings(errors, tasks)
             if len(outcomes) == len(tasks):
                 break
-            if status == 2:
-                raise KernelError(errors[-1500:])
-            if not any(f"emulator: task {len(outcomes)}\n" in text for text in (errors,)):
+            if f"emulator: task {len(outcomes)}\n" not in errors:  # not the kernel's fault
                 raise KernelError(f"the emulator's process ended with status {status}: {errors[-1500:]}")
             task = tasks[len(outcomes)]
             if not any(finding.launch == task.number for finding in findings):
-                findings.append(Finding(*_death(status), "", 0, errors[-1500:], task.number)._replace())
-            outcomes.append(Outcome("died"))
+                findings.append(Finding(_death(status), "", 0, errors[-1500:], task.number))
+            outcomes.append(Outcome("died", message=next(f.kind for f in findings[::-1] if f.launch == task.number)))
     findings += [
         Finding("failed", *_place(outcome.message), outcome.message, task.number)
         for task, outcome in zip(tasks, outcomes)
@@ -187,12 +217,14 @@ def execute(tasks: Sequence[Task], build: str) -> tuple[list[Outcome], list[Find
     return outcomes, findings
 
 
-def _process(program, args):
+def _process(program, args, repeats):
+    """Exit status, or "timeout", and what the program printed."""
+    environment = {**os.environ, **ENVIRONMENT, "TSAN_OPTIONS": TSAN_OPTIONS + TSAN_REPEATS * repeats}
     command = [str(program), *map(str, args)]
     if shutil.which("setarch"):  # ThreadSanitizer needs its addresses free
         command = ["setarch", "-R", *command]
     try:
-        result = subprocess.run(command, capture_output=True, timeout=SECONDS, env={**os.environ, **ENVIRONMENT})
+        result = subprocess.run(command, capture_output=True, timeout=SECONDS, env=environment)
     except subprocess.TimeoutExpired as timeout:
         return "timeout", (timeout.stderr or b"").decode(errors="replace")
     return result.returncode, result.stderr.decode(errors="replace")
@@ -203,7 +235,7 @@ def _write_arrays(path, tasks):
     places, at = {}, 0
     with open(path, "wb") as file:
         for task in tasks:
-            for array in task.launch.arrays:
+            for array in task.launch.memory:
                 if id(array) not in places:
                     places[id(array)] = at
                     at += file.write(array.tobytes())
@@ -221,10 +253,10 @@ def _encode(task, paths, places):
     parts = [struct.pack("<II", group, flags), _text(paths[id(launch.library)]), _text(launch.name)]
     parts += [struct.pack("<6IQQ", *launch.grid, *launch.block, launch.shared_bytes, task.seed)]
     parts += [_text(task.off.file if task.off else ""), struct.pack("<i", task.off.line if task.off else 0)]
-    parts += [struct.pack("<I", len(launch.arrays))]
-    parts += [struct.pack("<QQQ", places[id(a)], a.nbytes, s) for a, s in zip(launch.arrays, launch.shifts)]
+    parts += [struct.pack("<I", len(launch.memory))]
+    parts += [struct.pack("<QQQ", places[id(a)], a.nbytes, s) for a, s in zip(launch.memory, launch.shifts)]
     parts += [struct.pack("<I", len(launch.args))]
-    parts += [struct.pack("<iQ", array, value) for array, value in launch.args]
+    parts += [struct.pack("<iQ", argument.memory, argument.value) for argument in launch.args]
     return b"".join((*parts, struct.pack("<Q", task.expected)))
 
 
@@ -245,10 +277,10 @@ def _read_results(data, tasks):
     for task in tasks:
         try:
             _, state, digest, seconds = struct.unpack("<IIQd", take(24))
-            message, sites, arrays = text(), read_sites(text()), None
+            message, sites, memory = text(), read_sites(text()), None
             if task.contents and STATES[state] != "left out":
-                arrays = [np.frombuffer(take(array.nbytes), np.uint8) for array in task.launch.arrays]
-            outcomes.append(Outcome(STATES[state], digest, seconds, message, sites, arrays))
+                memory = [np.frombuffer(take(array.nbytes), np.uint8) for array in task.launch.memory]
+            outcomes.append(Outcome(STATES[state], digest, seconds, message, sites, memory))
         except EOFError:
             break
     return outcomes
@@ -257,8 +289,7 @@ def _read_results(data, tasks):
 # ---- reports
 
 KINDS = (
-    re.compile(r"WARNING: ThreadSanitizer: ([\w -]+?) \("),
-    re.compile(r"ERROR: AddressSanitizer: ([\w-]+)"),
+    re.compile(r"(?:WARNING|ERROR): (?:Thread|Address)Sanitizer: ([\w -]+?)(?: \(| on | in )"),
     re.compile(r"runtime error: "),
 )
 FRAME = re.compile(r"^\s+#\d+ .*?([^\s/]+):(\d+)(?::\d+)?(?: \(|$)", re.MULTILINE)
@@ -292,8 +323,8 @@ def _place(message):
 
 def _death(status):
     if status == "timeout":
-        return ("timeout",)
-    return (f"crash: {signal.Signals(-status).name}" if status < 0 else f"exit status {status}",)
+        return "timeout"
+    return f"crash: {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
 
 # ---- switching off
@@ -312,7 +343,9 @@ def switch_off_each(launches: Sequence[Launch], seeds: Sequence[int] = SEEDS) ->
     for launch, outcomes in zip(launches, by_launch):
         for seed, outcome in zip(seeds, outcomes):
             if outcome.state != "expected":
-                raise KernelError(f"{launch.name}, seed {seed}, nothing switched off: {outcome.state} {outcome.message}")
+                raise KernelError(
+                    f"{launch.name}, seed {seed}, nothing switched off: {outcome.state} {outcome.message}"
+                )
             if outcome.digest != outcomes[0].digest:
                 raise KernelError(f"the results of {launch.name} depend on the order of threads (seed {seed}): a race")
     cheap_first = sorted(range(len(launches)), key=lambda i: by_launch[i][0].seconds)
@@ -335,6 +368,6 @@ def switch_off_each(launches: Sequence[Launch], seeds: Sequence[int] = SEEDS) ->
         outcomes, _ = execute(tasks, build)
         for task, outcome in zip(tasks, outcomes):
             if noticed[task.off] is None and outcome.state not in ("expected", "left out"):
-                what = {"another": "other numbers", "reported": "a race"}.get(outcome.state, outcome.state)
+                what = {"another": "other numbers", "reported": "data race"}.get(outcome.state, outcome.message)
                 noticed[task.off] = f"{build}: {what} in {task.launch.name}, seed {task.seed}"
     return noticed

@@ -42,3 +42,11 @@ EMULATOR_EXPORT uint64_t emulator_sites(char* text, uint64_t size, int forget) {
                                site.kind, site.line, site.file);
     return length;
 }
+
+// A process with several libraries has one table of 2048 pointers for all.
+EMULATOR_EXPORT void emulator_share(void** identities) {
+#if EMULATOR_THREAD
+    emulator::identities = identities;
+#endif
+    (void)identities;
+}

@@ -48,9 +48,13 @@ EMULATOR_QUIET static void multiply(void** operands, const float (&a)[16][K], co
     }
 }
 
-EMULATOR_QUIET static float low(uint32_t pair) { return emulator_bits<float>(pair << 16); }
-EMULATOR_QUIET static float high(uint32_t pair) { return emulator_bits<float>(pair & 0xffff0000u); }
-EMULATOR_QUIET static float tf32(uint32_t bits) { return emulator_bits<float>(bits & 0xffffe000u); }
+union Bits {
+    uint32_t bits;
+    float number;
+};
+EMULATOR_QUIET static float low(uint32_t pair) { return Bits{pair << 16}.number; }
+EMULATOR_QUIET static float high(uint32_t pair) { return Bits{pair & 0xffff0000u}.number; }
+EMULATOR_QUIET static float tf32(uint32_t bits) { return Bits{bits & 0xffffe000u}.number; }
 
 EMULATOR_QUIET static void combine_mma_bf16(void** operands) {
     need_warp(operands);

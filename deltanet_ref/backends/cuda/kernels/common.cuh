@@ -47,42 +47,42 @@ __device__ __forceinline__ Pack<T, N> zeros() {
 
 // ---- sums and maxima; every thread gets the result
 
-// Over each group of LANES neighbouring lanes: 2, 4, 8, 16 or all 32 of the warp.
-template <int LANES = WARP>
+// Over each group of SIZE neighbouring lanes: 2, 4, 8, 16 or all 32 of the warp.
+template <int SIZE = WARP>
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-    for (int other = LANES / 2; other > 0; other /= 2) x += __shfl_xor_sync(ALL_LANES, x, other);
+    for (int other = SIZE / 2; other > 0; other /= 2) x += __shfl_xor_sync(ALL_LANES, x, other);
     return x;
 }
 
-template <int LANES = WARP>
+template <int SIZE = WARP>
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
-    for (int other = LANES / 2; other > 0; other /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, other));
+    for (int other = SIZE / 2; other > 0; other /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, other));
     return x;
 }
 
-// Over the WARPS warps of a block. scratch: WARPS floats in shared memory, which no thread may write again before the
+// Over the COUNT warps of a block. scratch: COUNT floats in shared memory, which no thread may write again before the
 // next barrier.
-template <int WARPS>
+template <int COUNT>
 __device__ __forceinline__ float block_sum(float x, float* scratch) {
     x = warp_sum(x);
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = x;
     __syncthreads();  // the sums of all warps are in scratch
     float total = scratch[0];
 #pragma unroll
-    for (int warp = 1; warp < WARPS; ++warp) total += scratch[warp];
+    for (int warp = 1; warp < COUNT; ++warp) total += scratch[warp];
     return total;
 }
 
-template <int WARPS>
+template <int COUNT>
 __device__ __forceinline__ float block_max(float x, float* scratch) {
     x = warp_max(x);
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = x;
     __syncthreads();  // the maxima of all warps are in scratch
     float most = scratch[0];
 #pragma unroll
-    for (int warp = 1; warp < WARPS; ++warp) most = fmaxf(most, scratch[warp]);
+    for (int warp = 1; warp < COUNT; ++warp) most = fmaxf(most, scratch[warp]);
     return most;
 }
 
