@@ -72,15 +72,18 @@ WEIGHTS = np.random.default_rng(1).standard_normal((10, 4)).astype(np.float32)
 CONSTANT = np.arange(4, dtype=np.float32)
 
 
-def make_step(device, weights, read=lambda device, tokens, labels: device.upload(labels, np.float32, make=lambda labels: labels[labels >= 0])):
+def kept(device, tokens, labels):
+    return device.upload(labels, np.float32, make=lambda labels: labels[labels >= 0])
+
+
+def make_step(device, weights, read=kept):
     """A step with products, temporaries and elementwise work on tokens (T,) and labels (T,)."""
 
     def step(tokens, labels):
         x = device.matmul(device.upload(tokens, np.float32).reshape(-1, 1), device.upload(CONSTANT).reshape(1, -1))
         h = device.matmul(x, weights, transpose_b=True)
         h = h * 2.0 + 1.0
-        kept = read(device, tokens, labels)
-        return h.sum(), {"h": h, "x": x + 1.0, "kept": kept * 3.0}
+        return h.sum(), {"h": h, "x": x + 1.0, "kept": read(device, tokens, labels) * 3.0}
 
     return step
 
@@ -97,7 +100,7 @@ def test_a_graph_computes_what_the_step_computes(device):
     step, kept = make_step(device, weights), []
     for seed in range(4):
         want = step(**inputs(seed))
-        loss, grads = steps.run("shape", inputs(seed), step)
+        loss, grads = steps.run("shape", inputs(seed), inputs(99), step)
         assert float(loss) == float(want[0])
         for name in want[1]:
             np.testing.assert_array_equal(grads[name].get(), want[1][name].get(), err_msg=name)
@@ -107,7 +110,7 @@ def test_a_graph_computes_what_the_step_computes(device):
     assert isinstance(steps._shapes["shape"], Graph)
     weights *= 2.0  # in place: the graph reads the new values
     want = step(**inputs(9))[1]["h"].get()
-    np.testing.assert_array_equal(steps.run("shape", inputs(9), step)[1]["h"].get(), want)
+    np.testing.assert_array_equal(steps.run("shape", inputs(9), inputs(99), step)[1]["h"].get(), want)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,7 @@ def test_what_depends_on_the_inputs_in_another_way_does_not_become_a_graph(devic
     steps, step = Steps(device), make_step(device, device.upload(WEIGHTS), read)
     for seed in (0, 1, 2):
         want = step(**inputs(seed))[1]["h"].get()
-        np.testing.assert_array_equal(steps.run("shape", inputs(seed), step)[1]["h"].get(), want)
+        np.testing.assert_array_equal(steps.run("shape", inputs(seed), inputs(99), step)[1]["h"].get(), want)
     assert steps.refused == [steps._shapes["shape"]]
 
 
@@ -139,18 +142,18 @@ def test_a_failing_capture_leaves_the_stream_usable(device):
             result[0].get()  # allowed in the first two runs, refused in the capture
         return result
 
-    steps.run("a", inputs(0), failing)
+    steps.run("a", inputs(0), inputs(99), failing)
     with pytest.raises(cp.CaptureError):
-        steps.run("a", inputs(1), failing)
+        steps.run("a", inputs(1), inputs(99), failing)
     assert not steps._stream.is_capturing() and device._uploads is None
-    assert float(steps.run("b", inputs(2), make_step(device, weights))[0])
+    assert float(steps.run("b", inputs(2), inputs(99), make_step(device, weights))[0])
 
 
 def test_without_graphs_the_step_is_called_each_time(device):
     steps, calls = Steps(device, graphs=False), []
     step = SimpleNamespace(run=lambda **arrays: calls.append(arrays))
     for seed in range(3):
-        steps.run("shape", inputs(seed), step.run)
+        steps.run("shape", inputs(seed), None, step.run)
     assert len(calls) == 3
 
 
@@ -158,7 +161,7 @@ def test_only_the_most_recent_graphs_are_kept(device):
     steps, step = Steps(device, most=2), make_step(device, device.upload(WEIGHTS))
     for T in (5, 6, 7, 5):
         for _ in range(2):
-            steps.run(T, inputs(0, T), step)
+            steps.run(T, inputs(0, T), inputs(99, T), step)
     assert list(steps._shapes) == [7, 5]
 
 
@@ -168,5 +171,5 @@ def test_a_shape_that_needs_more_memory_replaces_the_block_of_all(device):
     for T in (6, 600, 6, 6, 600):
         for _ in range(2):
             want = step(**inputs(T, T))[1]["h"].get()
-            np.testing.assert_array_equal(steps.run(T, inputs(T, T), step)[1]["h"].get(), want)
+            np.testing.assert_array_equal(steps.run(T, inputs(T, T), inputs(99, T), step)[1]["h"].get(), want)
     assert steps._shapes[6]._arena.memory is steps._shapes[600]._arena.memory

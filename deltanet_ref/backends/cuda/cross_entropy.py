@@ -163,27 +163,28 @@ def _count(device, labels, n, V, ignore_index, count):
 
 
 def _kept(device, x, labels, ignore_index):
-    """The kept rows of x and perhaps some ignored ones; their labels, IGNORED where one is; for each row of x its place
-    among them, or -1 if it is ignored."""
-    x, n = device.contiguous(x), rounded(np.count_nonzero(labels != ignore_index))
-    if n >= len(labels):
-        of_rows = device.upload(labels, np.int32, lambda labels: np.where(labels == ignore_index, IGNORED, labels))
-        place = device.upload(labels, np.int32, lambda labels: np.where(labels == ignore_index, -1, np.arange(len(x))))
-        return x, of_rows, place
-    few = device.empty((n, x.shape[1]), x.dtype)
-    rows = device.upload(labels, np.int32, lambda labels: _filled(np.flatnonzero(labels != ignore_index), n, 0))
-    _launch(device, x.dtype, "gather_rows", n, x, rows, few, x.shape[1])
-    of_rows = device.upload(labels, np.int32, lambda labels: _filled(labels[labels != ignore_index], n, IGNORED))
-    return few, of_rows, device.upload(labels, np.int32, lambda labels: _places(labels != ignore_index))
+    """The kept rows of x, filled up with copies of the first one; their labels, IGNORED where a row fills up; for each
+    row of x its place among them, or -1 if it is ignored."""
+
+    def kept(labels):
+        return np.flatnonzero(labels != ignore_index)
+
+    def places(labels):
+        place = np.full(len(labels), -1)
+        place[kept(labels)] = np.arange(len(kept(labels)))
+        return place
+
+    n, D = min(rounded(len(kept(labels))), len(labels)), x.shape[1]
+    rows = device.upload(labels, np.int32, lambda labels: _filled(kept(labels), n, kept(labels)[0] if n else None))
+    few = device.empty((n, D), x.dtype)
+    _launch(device, x.dtype, "gather_rows", n, device.contiguous(x), rows, few, D)
+    of_rows = device.upload(labels, np.int32, lambda labels: _filled(labels[kept(labels)], n, IGNORED))
+    return few, of_rows, device.upload(labels, np.int32, places)
 
 
 def _filled(x, n, filler):
-    return np.pad(x, (0, n - len(x)), constant_values=filler)
-
-
-def _places(kept):
-    """The place of each kept row among them, -1 for the others."""
-    return np.where(kept, np.cumsum(kept) - 1, -1)
+    """x up to n elements."""
+    return np.concatenate([x, np.full(n - len(x), filler)]) if n else x
 
 
 def _mean(device, dtype, surprise, count):

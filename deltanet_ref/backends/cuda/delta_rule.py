@@ -30,10 +30,12 @@ class Shapes(NamedTuple):
     scale: float
     tokens: int
     sequences: int
-    most_chunks: int  # of a sequence
-    chunks: int  # of all sequences
     cu_seqlens: object  # (sequences + 1,) int32 on the device
-    first_chunks: object  # (sequences + 1,) int32 on the device
+
+    @property
+    def slots(self) -> int:
+        """Places for what is kept of each chunk: enough whatever the lengths of the sequences (delta_rule.cuh)."""
+        return self.tokens // self.chunk + self.sequences
 
     @property
     def column_warps(self) -> int:
@@ -105,7 +107,7 @@ def gated_delta_rule_backward(device, do, dS_end, cache):
     state_shape = (shapes.sequences, shapes.H_v, d_k, d_v)
     if dS_end is not None and dS_end.shape != state_shape:
         raise InputError(f"dS_end has shape {dS_end.shape}; it must be that of S_end, {state_shape}")
-    real, heads = shapes.real, (shapes.chunks, shapes.H_v)
+    real, heads = shapes.real, (shapes.slots, shapes.H_v)
     do = _padded(device, do, (shapes.d_v,), real)
     if dS_end is not None:
         dS_end = _padded(device, _float32(dS_end, "dS_end"), (shapes.d_k, shapes.d_v), np.float32)
@@ -129,8 +131,9 @@ def gated_delta_rule_backward(device, do, dS_end, cache):
     dg, dbeta = (device.empty((B, L, shapes.H_v), np.float32) for _ in range(2))
     kernel = device.kernel("delta_rule_backward", "delta_rule_gradients", _gradients_memory(shapes), **shapes.macros)
     device.launch(
-        kernel, (shapes.most_chunks, shapes.H_v, shapes.sequences), 2 * shapes.chunk,
-        q, k, v, do, V_new, X, states, dstates, gates, *_common(shapes), shapes.scale, dq, dk, dg, dbeta,
+        kernel, (shapes.slots, shapes.H_v), 2 * shapes.chunk,
+        q, k, v, do, V_new, X, states, dstates, gates, shapes.cu_seqlens, shapes.sequences, shapes.H_k, shapes.H_v,
+        shapes.d_v, shapes.tiled, shapes.scale, dq, dk, dg, dbeta,
     )  # fmt: skip
     if shapes.H_v != shapes.H_k:
         dq, dk = (_sum_heads(device, x, shapes) for x in (dq, dk))
@@ -160,15 +163,15 @@ def gated_delta_rule_step(device, q, k, v, *, g, beta, S, scale=None, head_order
 
 
 def _triangles(device, cache):
-    """P, T^T (chunks, H_v, C, C) and gates (chunks, H_v, GATES, C)."""
+    """P, T^T (slots, H_v, C, C) and gates (slots, H_v, GATES, C)."""
     shapes = cache.shapes
-    heads, C = (shapes.chunks, shapes.H_v), shapes.chunk
+    heads, C = (shapes.slots, shapes.H_v), shapes.chunk
     P, T = (device.empty((*heads, C, C), shapes.real) for _ in range(2))
     gates = device.empty((*heads, GATES, C), np.float32)
     kernel = device.kernel("delta_rule_forward", "delta_rule_triangles", _triangles_memory(shapes), **shapes.macros)
     device.launch(
-        kernel, (shapes.most_chunks, shapes.H_v, shapes.sequences), 2 * C,
-        cache.q, cache.k, cache.g, cache.beta, shapes.cu_seqlens, shapes.first_chunks, shapes.H_k, shapes.H_v,
+        kernel, heads, 2 * C,
+        cache.q, cache.k, cache.g, cache.beta, shapes.cu_seqlens, shapes.sequences, shapes.H_k, shapes.H_v,
         shapes.tiled, shapes.scale, P, T, gates,
     )  # fmt: skip
     return P, T, gates
@@ -182,7 +185,7 @@ def _walk(device, file, name, shapes, shared, *arguments):
 
 
 def _common(shapes):
-    return shapes.cu_seqlens, shapes.first_chunks, shapes.H_k, shapes.H_v, shapes.d_v, shapes.tiled
+    return shapes.cu_seqlens, shapes.H_k, shapes.H_v, shapes.d_v, shapes.tiled
 
 
 def _sum_heads(device, x, shapes):
@@ -204,11 +207,9 @@ def _shapes(device, real, k_shape, v_shape, scale, head_order, boundaries):
         raise InputError(f"d_k is {d_k}; the CUDA kernels take up to {LARGEST_D_K}. Use the backend numba")
     # float32 tiles are twice as large, and a state of more than 128 rows leaves fewer registers
     chunk = 64 if real == device.bf16 and padded_d_k <= 128 else 32
-    counts = chunk_counts(boundaries, chunk)
     return Shapes(
         real, chunk, H_k, H_v, padded_d_k, padded_d_v, head_order == "tiled",
-        float(d_k**-0.5 if scale is None else scale), B * L, len(counts), int(counts.max()), int(counts.sum()),
-        device.upload(boundaries, np.int32), device.upload(np.concatenate([[0], np.cumsum(counts)]), np.int32),
+        float(d_k**-0.5 if scale is None else scale), B * L, len(boundaries) - 1, device.upload(boundaries, np.int32),
     )  # fmt: skip
 
 

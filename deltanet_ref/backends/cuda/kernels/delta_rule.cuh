@@ -7,15 +7,28 @@ constexpr int BLOCKS = CHUNK / 16;  // blocks of 16 tokens in a chunk
 
 // ---- where things are
 
-// The tokens of a packed sequence, and the index of its first chunk among those of all sequences.
+// The tokens of a packed sequence, and the slot of its first chunk: where what is kept of chunks lies. Sequence n has the
+// slots from start / CHUNK + n on, enough whatever the lengths of the others; a slot before the next one may be empty.
+// So sizes and grids depend on the number of tokens and sequences alone.
 struct Sequence {
     int start, stop, first_chunk;
-    __device__ __forceinline__ Sequence(const int* cu_seqlens, const int* first_chunks, int n)
-        : start(cu_seqlens[n]), stop(cu_seqlens[n + 1]), first_chunk(first_chunks[n]) {}
+    __device__ __forceinline__ Sequence(const int* cu_seqlens, int n)
+        : start(cu_seqlens[n]), stop(cu_seqlens[n + 1]), first_chunk(start / CHUNK + n) {}
     __device__ __forceinline__ int chunks() const { return (stop - start + CHUNK - 1) / CHUNK; }
     __device__ __forceinline__ int token(int chunk) const { return start + chunk * CHUNK; }
     __device__ __forceinline__ int filled(int chunk) const { return min(CHUNK, stop - token(chunk)); }
 };
+
+// The sequence that a slot belongs to.
+__device__ __forceinline__ int sequence_of(int slot, const int* cu_seqlens, int sequences) {
+    int low = 0, high = sequences - 1;
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (cu_seqlens[middle] / CHUNK + middle <= slot) low = middle;
+        else high = middle - 1;
+    }
+    return low;
+}
 
 __device__ __forceinline__ int key_head(int head, int H_k, int H_v, int tiled) {
     return tiled ? head % H_k : head / (H_v / H_k);

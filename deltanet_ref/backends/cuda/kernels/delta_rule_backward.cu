@@ -58,10 +58,10 @@ __device__ __forceinline__ void each_of_state(Block (&dS)[D_K / 16], int d_v, in
 // dS_end may be null: zeros.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 delta_rule_state_gradients(const REAL* q, const REAL* k, const REAL* P_in, const REAL* T_in, const float* gates_in,
-                           const REAL* dout, const float* dS_end, const int* cu_seqlens, const int* first_chunks, int H_k,
+                           const REAL* dout, const float* dS_end, const int* cu_seqlens, int H_k,
                            int H_v, int d_v, int tiled, float scale, REAL* X_out, REAL* dv, REAL* dstates, float* dS0) {
     extern __shared__ __align__(16) unsigned char shared[];
-    const Sequence sequence(cu_seqlens, first_chunks, blockIdx.z);
+    const Sequence sequence(cu_seqlens, blockIdx.z);
     const int head = blockIdx.y, h_k = key_head(head, H_k, H_v, tiled), first = blockIdx.x * COLUMNS;
     const int own = threadIdx.x / WARP * 16, chunks = sequence.chunks();
     Carver carver{shared};
@@ -182,14 +182,15 @@ __device__ __forceinline__ void store_row_sums(const float (&sums)[2], float* te
 extern "C" __global__ void __launch_bounds__(CHUNK_THREADS, 256 / CHUNK_THREADS)
 delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* dout, const REAL* V_new, const REAL* X,
                      const REAL* states, const REAL* dstates, const float* gates_in, const int* cu_seqlens,
-                     const int* first_chunks, int H_k, int H_v, int d_v, int tiled, float scale, REAL* dq, REAL* dk,
+                     int sequences, int H_k, int H_v, int d_v, int tiled, float scale, REAL* dq, REAL* dk,
                      float* dg, float* dbeta) {
     extern __shared__ __align__(16) unsigned char shared[];
     __shared__ float scratch[BLOCKS];
-    const Sequence sequence(cu_seqlens, first_chunks, blockIdx.z);
-    const int chunk = blockIdx.x, head = blockIdx.y, thread = threadIdx.x, warp = thread / WARP, own = 16 * warp;
+    const int index = blockIdx.x, head = blockIdx.y, thread = threadIdx.x, warp = thread / WARP, own = 16 * warp;
+    const Sequence sequence(cu_seqlens, sequence_of(index, cu_seqlens, sequences));
+    const int chunk = index - sequence.first_chunk;
     if (chunk >= sequence.chunks()) return;
-    const int token = sequence.token(chunk), filled = sequence.filled(chunk), index = sequence.first_chunk + chunk;
+    const int token = sequence.token(chunk), filled = sequence.filled(chunk);
 
     Carver carver{shared};
     float* gates = carver.array<float>(GATES * CHUNK);

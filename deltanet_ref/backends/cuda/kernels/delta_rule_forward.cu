@@ -70,11 +70,12 @@ __device__ __forceinline__ void invert_diagonal(Tile<float> A, int first, Tile<f
 // P (chunks, H_v, CHUNK, CHUNK); T_out in the same shape holds T^T.
 extern "C" __global__ void __launch_bounds__(2 * CHUNK)
 delta_rule_triangles(const REAL* q, const REAL* k, const float* g, const float* beta, const int* cu_seqlens,
-                     const int* first_chunks, int H_k, int H_v, int tiled, float scale, REAL* P_out, REAL* T_out,
+                     int sequences, int H_k, int H_v, int tiled, float scale, REAL* P_out, REAL* T_out,
                      float* gates_out) {
     extern __shared__ __align__(16) unsigned char shared[];
-    const Sequence sequence(cu_seqlens, first_chunks, blockIdx.z);
-    const int chunk = blockIdx.x, head = blockIdx.y, warp = threadIdx.x / WARP;
+    const int index = blockIdx.x, head = blockIdx.y, warp = threadIdx.x / WARP;
+    const Sequence sequence(cu_seqlens, sequence_of(index, cu_seqlens, sequences));
+    const int chunk = index - sequence.first_chunk;
     if (chunk >= sequence.chunks()) return;
     Carver carver{shared};
     const Tile<float> A = carver.tile<float>(CHUNK, CHUNK), diagonal = carver.tile<float>(CHUNK, 16);
@@ -92,7 +93,6 @@ delta_rule_triangles(const REAL* q, const REAL* k, const float* g, const float* 
     cp_async_wait<0>();
     __syncthreads();  // Q, K and gates are there
 
-    const int index = sequence.first_chunk + chunk;
     float* gates_row = matrix_of(gates_out, index, H_v, head, GATES * CHUNK);
     for (int i = threadIdx.x; i < GATES * CHUNK; i += 2 * CHUNK) gates_row[i] = gates[i];
 
@@ -184,9 +184,9 @@ __device__ __forceinline__ void each_of_state(Block (&S)[D_K / 16], int d_v, int
 template <bool OUTPUTS>
 __device__ __forceinline__ void carry(const REAL* q, const REAL* k, const REAL* v, const REAL* P_in, const REAL* T_in,
                                       const float* gates_in, const float* S0, const int* cu_seqlens,
-                                      const int* first_chunks, int H_k, int H_v, int d_v, int tiled, float scale, REAL* out,
+                                      int H_k, int H_v, int d_v, int tiled, float scale, REAL* out,
                                       REAL* states, float* S_end, unsigned char* shared) {
-    const Sequence sequence(cu_seqlens, first_chunks, blockIdx.z);
+    const Sequence sequence(cu_seqlens, blockIdx.z);
     const int head = blockIdx.y, h_k = key_head(head, H_k, H_v, tiled), first = blockIdx.x * COLUMNS;
     const int own = threadIdx.x / WARP * 16, chunks = sequence.chunks();
     Carver carver{shared};
@@ -297,17 +297,17 @@ __device__ __forceinline__ void carry(const REAL* q, const REAL* k, const REAL* 
 // S0 may be null: zeros.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 delta_rule_outputs(const REAL* q, const REAL* k, const REAL* v, const REAL* P, const REAL* T, const float* gates,
-                   const float* S0, const int* cu_seqlens, const int* first_chunks, int H_k, int H_v, int d_v, int tiled,
+                   const float* S0, const int* cu_seqlens, int H_k, int H_v, int d_v, int tiled,
                    float scale, REAL* o, float* S_end) {
     extern __shared__ __align__(16) unsigned char shared[];
-    carry<true>(q, k, v, P, T, gates, S0, cu_seqlens, first_chunks, H_k, H_v, d_v, tiled, scale, o, nullptr, S_end, shared);
+    carry<true>(q, k, v, P, T, gates, S0, cu_seqlens, H_k, H_v, d_v, tiled, scale, o, nullptr, S_end, shared);
 }
 
 // states (chunks, H_v, d_v, D_K): the transposed state entering each chunk.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 delta_rule_states(const REAL* k, const REAL* v, const REAL* T, const float* gates, const float* S0, const int* cu_seqlens,
-                  const int* first_chunks, int H_k, int H_v, int d_v, int tiled, REAL* V_new, REAL* states) {
+                  int H_k, int H_v, int d_v, int tiled, REAL* V_new, REAL* states) {
     extern __shared__ __align__(16) unsigned char shared[];
-    carry<false>(nullptr, k, v, nullptr, T, gates, S0, cu_seqlens, first_chunks, H_k, H_v, d_v, tiled, 0.0f, V_new, states,
+    carry<false>(nullptr, k, v, nullptr, T, gates, S0, cu_seqlens, H_k, H_v, d_v, tiled, 0.0f, V_new, states,
                  nullptr, shared);
 }
