@@ -31,6 +31,13 @@ extern "C" __global__ void initial_shared(float* out) {
     scalar = 1;
 }
 
+extern "C" __global__ void aligned_shared(int* out) {
+    __shared__ char one[3];
+    __shared__ __align__(64) float wide[5];
+    one[threadIdx.x] = wide[threadIdx.x] = 0;
+    out[threadIdx.x] = static_cast<int>(reinterpret_cast<unsigned long long>(wide) % 64);
+}
+
 extern "C" __global__ void shuffles(const float* x, float* out, int n, int width) {
     const float mine = x[threadIdx.x];
     float* row = out + 6 * threadIdx.x;
@@ -188,6 +195,11 @@ extern "C" __global__ void copy_too_early(const float* x, float* out) {
     cp_async_wait<0>();
     __syncthreads();
     out[i] += s[i];
+}
+
+// Right only if the blocks run one after the other.
+extern "C" __global__ void from_block_to_block(int* out) {
+    if (threadIdx.x == 0) out[blockIdx.x + 1] = out[blockIdx.x] + 1;
 }
 
 extern "C" __global__ void read_outside(const float* x, float* out, int i) { out[0] = x[i]; }

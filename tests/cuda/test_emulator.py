@@ -106,6 +106,17 @@ def test_shared_memory_is_poison_at_the_start_of_each_block(library, seed):
     assert np.isnan(out[:, :8]).all() and (out[:, 8] == -1).all()
 
 
+def test_arrays_in_shared_memory_have_their_alignment(library):
+    out = empty(3, dtype=np.int32)
+    library.launch("aligned_shared", 1, 3, [out])
+    assert (out == 0).all()
+
+
+def test_dynamic_shared_memory_has_no_larger_alignment():
+    with pytest.raises(InputError, match="aligned to 16 bytes"):
+        compile("__device__ void f() { extern __shared__ __align__(128) float shared[]; }")
+
+
 def test_atomics_add_up(library):
     n, total = np.zeros(1, np.int32), np.zeros(1, np.float32)
     library.launch("count", 5, 70, [n, total])
@@ -356,6 +367,25 @@ def test_each_site_that_is_needed_is_noticed_and_no_other(noticed):
     assert sorted(noticed) == sorted(sites_of_correct())
     redundant = [site for site, what in noticed.items() if what is None]
     assert redundant == [Site(NAME, line_of("// not needed"), "__syncthreads")], noticed
+
+
+def test_blocks_that_depend_on_each_other_are_noticed(library):
+    with jobs.recording() as launches:
+        library.launch("from_block_to_block", 50, 32, [np.zeros(51, np.int32)])
+    with pytest.raises(KernelError, match="depend on the order of threads"):
+        jobs.switch_off_each(launches)
+    assert [f.kind for f in jobs.run(launches, "thread").findings][:1] == ["data race"]
+
+
+@pytest.mark.parametrize("grid", [(7, 1, 1), (2, 3, 4), (1, 1, 1), (16, 1, 2)])
+def test_each_block_runs_once_in_any_order(library, grid):
+    n = int(np.prod(grid))
+    for seed in range(5):
+        out, count = empty(n * 3, dtype=np.int32), np.zeros(1, np.int32)
+        library.launch("indices", grid, 3, [out], seed=seed)
+        assert (out == (1000 * np.arange(n)[:, None] + np.arange(3)).ravel()).all()
+        library.launch("count", grid, 1, [count, np.zeros(1, np.float32)], seed=seed)
+        assert count[0] == n
 
 
 def test_a_race_is_refused_before_anything_is_switched_off(library):

@@ -154,7 +154,9 @@ KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\(((?:[^()]|\([^()]*\))*)\)\s*)?(\w+)\s*\('
 )
 INCLUDE = re.compile(r'^([ \t]*#[ \t]*include[ \t]*)(["<])([^">]+)[">]', re.MULTILINE)
-COMMENT = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTALL)
+COMMENT = re.compile(
+    r"""'\\?"'|//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*\"""", re.DOTALL
+)  # or a text, which may contain one
 SITE = re.compile(r"\b(__syncthreads|__syncwarp|cp_async_wait)\s*[(<]")
 
 
@@ -181,12 +183,12 @@ def translate(source: Source) -> dict[str, str]:
 
     kernels = sorted({match[2] for match in KERNEL.finditer(blank_comments(source.code))})
     main = add(source.name, source.code, None)
-    table = "".join(
-        f"#ifdef EMULATOR_HAS_{kernel}\n"
-        f'    {{"{kernel}", emulator::Entry<kernel_pointer({kernel})>::types, emulator::Entry<{kernel}>::run, '
-        f"EMULATOR_HAS_{kernel}}},\n#endif\n".replace(f"kernel_pointer({kernel})", kernel)
-        for kernel in kernels
+    row = (
+        "#ifdef EMULATOR_HAS_{0}\n"
+        '    {{"{0}", emulator::Entry<{0}>::types, emulator::Entry<{0}>::run, EMULATOR_HAS_{0}}},\n'
+        "#endif\n"
     )
+    table = "".join(map(row.format, kernels))
     files["unit.cpp"] = (
         f'#include "cuda.h"\n#include "{main}"\n#line 1 "table"\n'
         f"static const emulator::Kernel emulator_kernels[] = {{\n{table}    {{nullptr, nullptr, nullptr, 0}}}};\n"
@@ -199,7 +201,7 @@ def blank_comments(text: str) -> str:
     """The text without comments, every line where it was."""
 
     def blank(match):
-        return match[0] if match[0].startswith('"') else " " + "\n" * match[0].count("\n")
+        return match[0] if match[0][0] in "'\"" else " " + "\n" * match[0].count("\n")
 
     return COMMENT.sub(blank, text)
 
@@ -213,10 +215,13 @@ def _find(name, directory, include_dirs):
 
 
 def _translate_kernels(code):
+    for match in DYNAMIC.finditer(code):
+        if int(re.sub(r"\D", "", match[1]) or 1) > 16:
+            raise InputError(f"{match[0]}: dynamic shared memory is aligned to 16 bytes, not to more")
     code = DYNAMIC.sub(r"\2* const \3 = emulator::dynamic_shared<\2>();", code)
     code = STATIC.sub(
         r"typedef \1\2 emulator_type_\3\4; static emulator::Slot emulator_slot_\3; "
-        r"emulator_type_\3& \3 = emulator_slot_\3.get<emulator_type_\3>();",
+        r"emulator_type_\3& \3 = emulator_slot_\3.get<emulator_type_\3>(alignof(emulator_type_\3));",
         code,
     )
 
@@ -239,7 +244,7 @@ def _first_argument(text):
 
 # ---- launching
 
-CTYPES = {"i": ctypes.c_int32, "u": ctypes.c_uint32, "l": ctypes.c_int64, "f": ctypes.c_float}
+CTYPES = {"i": ctypes.c_int32, "u": ctypes.c_uint32, "l": ctypes.c_int64}
 WORDS = {"p": "a pointer", "i": "an int", "u": "an unsigned", "l": "a long long", "f": "a float"}
 MESSAGE = 2500
 
@@ -323,7 +328,7 @@ class Library:
 def read_sites(text: str) -> list[Site]:
     """The sites of emulator_sites()."""
     rows = (line.split("\t") for line in text.splitlines())
-    return sorted(Site(file, int(line), kind) for kind, line, file in rows)
+    return sorted({Site(file, int(line), kind) for kind, line, file in rows})
 
 
 def triple(n) -> tuple[int, int, int]:
@@ -339,17 +344,17 @@ def arguments(types: str, args, name: str) -> list:
 
 
 def _argument(letter, x, what):
+    value = getattr(x, "value", x)  # of a ctypes number
     if letter == "p":
+        if isinstance(x, np.ndarray) and not x.flags.c_contiguous:
+            raise TypeError(f"{what} is not in C order")
         if isinstance(x, np.ndarray):
-            if not x.flags.c_contiguous:
-                raise TypeError(f"{what} is not in C order")
             return ctypes.c_void_p(x.ctypes.data)
         if x is None or isinstance(x, ctypes.c_void_p):
-            return x or ctypes.c_void_p(None)
-    elif not isinstance(x, np.ndarray) and x is not None:
-        value = getattr(x, "value", x)  # of a ctypes number
-        integer = isinstance(value, int | np.integer)
-        if integer == (letter != "f") or (integer and not isinstance(value, np.integer)):
-            if letter == "f" or -(2**63) <= int(value) == CTYPES[letter](int(value)).value:
-                return CTYPES[letter](value)
+            return ctypes.c_void_p(value)
+    elif letter == "f":
+        if isinstance(value, int | float | np.floating):
+            return ctypes.c_float(value)
+    elif isinstance(value, int | np.integer) and CTYPES[letter](int(value)).value == value:
+        return CTYPES[letter](int(value))
     raise TypeError(f"{what} is {WORDS[letter]}, not {x!r:.100}")

@@ -3,7 +3,7 @@
 // Blocks run one after the other, each thread of a block as a fiber. A fiber runs until it waits: at a barrier or at an
 // operation of its warp (shuffle, ballot, ldmatrix, mma). The last one to arrive does the operation for all.
 //
-//   order        natural order of warps and lanes, or permuted by a seed: a race shows as other numbers
+//   order        natural order of blocks, warps and lanes, or permuted by a seed: a race shows as other numbers
 //   shared       arrays in shared memory are filled with 0xff (NaN) when a block starts
 //   divergence   threads that wait at different places, or forever, end the launch with a message that names the lines
 //   sites        every barrier and cp.async wait is known by file and line and can be switched off for a launch
@@ -433,7 +433,7 @@ static const size_t ARENA_BYTES = 64 << 20;
 static char* arena;
 static size_t arena_used = ARENA_BYTES;
 
-EMULATOR_QUIET static char* allocate(size_t bytes) {
+EMULATOR_QUIET static char* allocate(size_t bytes, size_t) {  // aligned to 128 bytes
     if (arena == nullptr) arena = static_cast<char*>(mmap(nullptr, ARENA_BYTES, PROT_READ | PROT_WRITE,
                                                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     char* memory = arena + arena_used;
@@ -452,8 +452,10 @@ static void deallocate(char*) {}
 
 #else
 
-static char* allocate(size_t bytes) {  // malloc aligns to 16 bytes, and the sanitizer sees both ends
-    char* memory = static_cast<char*>(malloc(bytes));
+static char* allocate(size_t bytes, size_t alignment) {  // of exactly this size: the sanitizer sees both ends
+    void* start;
+    if (posix_memalign(&start, alignment, bytes) != 0) abort();
+    char* memory = static_cast<char*>(start);
     poison(memory, bytes);
     return memory;
 }
@@ -470,10 +472,10 @@ struct Slot {
     Slot* next;
 
     template <class T>
-    EMULATOR_QUIET T& get() {
+    EMULATOR_QUIET T& get(size_t alignment) {  // T has lost the attribute __align__
         if (serial != block->serial) {
             serial = block->serial;
-            memory = allocate(bytes = sizeof(T));
+            memory = allocate(bytes = sizeof(T), alignment < 16 ? 16 : alignment);
             next = block->slots;
             block->slots = this;
         }
@@ -517,7 +519,7 @@ EMULATOR_QUIET static void start_block(unsigned x, unsigned y, unsigned z, size_
     block->warp_count = (block->size + WARP - 1) / WARP;
     block->arrived = 0;
     block->shared_bytes = shared_bytes;
-    block->shared = allocate(shared_bytes);
+    block->shared = allocate(shared_bytes, 16);
     block->slots = nullptr;
     ready_warps = 0;
     for (int i = 0; i < block->size; ++i) {
@@ -580,6 +582,15 @@ static unsigned long flush_subnormals() { return 0; }
 static void restore_modes(unsigned long) {}
 #endif
 
+EMULATOR_QUIET static uint64_t greatest_divisor(uint64_t a, uint64_t b) {
+    while (b != 0) {
+        const uint64_t rest = a % b;
+        a = b;
+        b = rest;
+    }
+    return a;
+}
+
 struct Options {
     uint64_t seed = 0;
     const char* off_file = nullptr;  // the site that is switched off
@@ -614,15 +625,20 @@ EMULATOR_QUIET static bool run_grid(void (*run)(void**), void** arguments, dim3 
 #endif
     release(&launch.start);
     const unsigned long modes = flush_subnormals();
-    for (unsigned z = 0; z < grid.z && message[0] == 0; ++z)
-        for (unsigned y = 0; y < grid.y && message[0] == 0; ++y)
-            for (unsigned x = 0; x < grid.x && message[0] == 0; ++x) {
-                start_block(x, y, z, shared_bytes);
-                current = take();
-                prepare(&current->fiber, run_threads);
-                switch_fiber(&launcher, &current->fiber);
-                end_block();
-            }
+    const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
+    uint64_t number = 0, step = 1;
+    if (options.seed != 0) {  // any first block, and a step that meets all others
+        number = random_below(static_cast<unsigned>(count < 0x7fffffff ? count : 0x7fffffff));
+        step = count / 2 + 1;
+        while (greatest_divisor(step, count) != 1) ++step;
+    }
+    for (uint64_t i = 0; i < count && message[0] == 0; ++i, number = (number + step) % count) {
+        start_block(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y, shared_bytes);
+        current = take();
+        prepare(&current->fiber, run_threads);
+        switch_fiber(&launcher, &current->fiber);
+        end_block();
+    }
     restore_modes(modes);
     acquire(&launch.end);
     return message[0] == 0;

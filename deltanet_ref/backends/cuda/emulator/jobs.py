@@ -25,7 +25,7 @@ import numpy as np
 from .build import HERE, KernelError, Library, Site, arguments, compile_source, host_program, read_sites, triple
 
 SEEDS = (0, 1, 2, 3)  # orders of threads that a result must not depend on; 0 is the natural one
-SECONDS = 300  # that a process may run
+SECONDS = 120  # that a process may run
 
 # The longest history: the first one of two accesses is seldom forgotten.
 TSAN_OPTIONS = "exitcode=66:history_size=4:report_thread_leaks=0:atexit_sleep_ms=0"
