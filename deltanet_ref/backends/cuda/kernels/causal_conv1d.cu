@@ -38,7 +38,7 @@ __device__ __forceinline__ Sequence sequence_of(int t, const int* cu_seqlens, in
 
 // Where the inputs of a sequence are; the K - 1 tokens before its start are its state.
 struct Inputs {
-    const REAL *x, *state;  // this thread's channels of (T, channels) and of (count, K - 1, channels), or null for zeros
+    const REAL *x, *state;  // this thread's channels of (T, channels), (count, K - 1, channels) or null for zeros
     int channels;
 
     __device__ __forceinline__ Pack<REAL, VECTOR> at(const Sequence& sequence, int t) const {
