@@ -42,11 +42,14 @@ class Memory:
 
     blocks: "weakref.WeakSet[Memory]" = weakref.WeakSet()  # those that exist
     total = 1 << 40  # bytes of memory of the device
+    poisoned = True  # False: fresh memory is not written, so that the system need not provide it
 
     def __init__(self, size: int):
         if size > self.free():
             raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes")
-        raw = np.full(size + ALIGNMENT, POISON, np.uint8)
+        raw = np.empty(size + ALIGNMENT, np.uint8)
+        if self.poisoned:
+            raw.fill(POISON)
         start = -raw.ctypes.data % ALIGNMENT
         self.size, self.bytes = size, raw[start : start + size]
         self.ptr = self.bytes.ctypes.data

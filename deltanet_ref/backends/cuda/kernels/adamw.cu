@@ -41,7 +41,8 @@ adamw_norm(const float* __restrict__ parts, float limit, float* __restrict__ nor
 
 // ---- the step
 
-// coefficients: lr weight_decay, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1^t), 1 / (1 - beta2^t), eps; p, m, v, g (n,)
+// coefficients: lr weight_decay, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1^t), 1 / (1 - beta2^t), eps;
+// p, m, v, g (n,)
 // norm: of adamw_norm, its factor applied to g, and nothing is changed if it is not finite; or null
 extern "C" __global__ void __launch_bounds__(THREADS)
 adamw_update(const float* __restrict__ coefficients, float* __restrict__ p, float* __restrict__ m,

@@ -1,10 +1,10 @@
 // The log decay g and the write strength beta, float32 whatever REAL is [gate.6..12]. Definition: ops/decay_gate.py.
 //
-// Design   a thread stays with one head and goes through the tokens of its block, so that it can sum dA_log and ddt_bias
-//          in registers; the threads of a head are added in shared memory, column_sums.cu adds the blocks. a and b are
-//          read again in backward, nothing is kept.
-// Floors   8192 tokens, 16 heads (0.8B) in bfloat16: forward 1.6 MB, backward 2.1 MB, below 1 us at 2.94 TB/s: the launch
-//          decides.
+// Design   a thread stays with one head and goes through the tokens of its block, so that it can sum dA_log and
+//          ddt_bias in registers; the threads of a head are added in shared memory, column_sums.cu adds the blocks. a
+//          and b are read again in backward, nothing is kept.
+// Floors   8192 tokens, 16 heads (0.8B) in bfloat16: forward 1.6 MB, backward 2.1 MB, below 1 us at 2.94 TB/s: the
+//          launch decides.
 // Versions this one
 // Macros   REAL
 #include "common.cuh"

@@ -2,8 +2,8 @@
 //
 // Design   a thread rotates VECTOR pairs (j, j + R/2) of a row, or copies VECTOR of the features that are not rotated.
 //          The tables cos, sin are float32 and shared by all heads of a token: they come from a cache.
-// Floors   8192 tokens, 8 query and 2 key heads of 256, R = 64 (0.8B) in bfloat16, at 2.94 TB/s: 84 MB  29 us either way,
-//          three quarters of it the copy of what is not rotated.
+// Floors   8192 tokens, 8 query and 2 key heads of 256, R = 64 (0.8B) in bfloat16, at 2.94 TB/s: 84 MB  29 us either
+//          way, three quarters of it the copy of what is not rotated.
 // Versions this one
 // Macros   REAL; VECTOR: 16 bytes of REAL, or 1
 #include "common.cuh"

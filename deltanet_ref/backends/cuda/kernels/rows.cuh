@@ -1,5 +1,5 @@
-// Rows of d values in registers: LANES neighbouring threads hold one row, each PACKS packs of VECTOR values, so a row is
-// read once, reduced and written once.
+// Rows of d values in registers: LANES neighbouring threads hold one row, each PACKS packs of VECTOR values, so a row
+// is read once, reduced and written once.
 //
 // Macros   REAL    type of activations
 //          VECTOR  values of one access: 16 bytes of REAL, or 1 where d or an address does not allow it
@@ -17,8 +17,8 @@ __device__ __forceinline__ long long row_offset(int i, int heads, long long toke
     return (i / heads) * token_stride + (i % heads) * head_stride;
 }
 
-// Row number i of this thread, one of GROUPS from `first` on. Where there are fewer rows, i is the last one and its width
-// is 0, not d: it reads as zeros, nothing is stored.
+// Row number i of this thread, one of GROUPS from `first` on. Where there are fewer rows, i is the last one and its
+// width is 0, not d: it reads as zeros, nothing is stored.
 struct Here {
     int i, width;
 };
