@@ -73,9 +73,7 @@ def gated_delta_rule_forward(
     the kernels have chunks of their own (64 or 32 tokens), and the result does not depend on them.
     """
     S0_shape = None if S0 is None else S0.shape
-    boundaries, _, _ = checked(
-        q, k, v, g=g, beta=beta, S0_shape=S0_shape, head_order=head_order, cu_seqlens=cu_seqlens
-    )
+    boundaries, _, _ = checked(q, k, v, g=g, beta=beta, S0_shape=S0_shape, head_order=head_order, cu_seqlens=cu_seqlens)
     chunk_counts(boundaries, chunk_size)
     B, L, _, d_k = k.shape
     d_v = v.shape[3]
@@ -132,9 +130,7 @@ def gated_delta_rule_backward(device, do, dS_end, cache):
     # inside each chunk
     dq, dk = (device.empty((B, L, shapes.H_v, shapes.d_k), real) for _ in range(2))
     dg, dbeta = (device.empty((B, L, shapes.H_v), np.float32) for _ in range(2))
-    kernel = device.kernel(
-        "delta_rule_backward", "delta_rule_gradients", _gradients_memory(shapes), **shapes.macros
-    )
+    kernel = device.kernel("delta_rule_backward", "delta_rule_gradients", _gradients_memory(shapes), **shapes.macros)
     device.launch(
         kernel, (shapes.most_chunks, shapes.H_v, shapes.sequences), 2 * shapes.chunk,
         q, k, v, do, V_new, X, states, dstates, gates, *_common(shapes), shapes.scale, dq, dk, dg, dbeta,
