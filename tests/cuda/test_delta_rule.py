@@ -142,6 +142,15 @@ def test_log_decay_gradient_keeps_its_digits_under_strong_decay(device):
         assert error < (3 + 150**0.5) * floor, f"dg relative to {name}: {error:.3g}, floor {floor:.3g}"
 
 
+def test_weak_decay_after_strong_keeps_its_digits(device):
+    """float32: a chunk's sums of log decays go beyond -5000, where float32 has steps of 5e-4. The floors are those of
+    the recurrence, which forms no sums."""
+    x = arguments(device, "float32", 11, decay=0.5, B=1, L=90, H_k=1, H_v=2, d_k=8, d_v=6)
+    x[3]["g"][:, ::32] = -5000.1
+    got, floors = run(device, *x), rule_floors(*x, np.float32)
+    assert_within_floors(RESULTS, [got[name] for name in RESULTS], definition(*x).values(), floors, FLOAT32)
+
+
 @every_dtype
 def test_no_state_is_a_state_of_zeros(device, dtype):
     q, k, v, gates, do, dS_end = arguments(device, dtype, B=2, L=65, H_k=1, H_v=2, d_k=16, d_v=20)
