@@ -52,12 +52,6 @@ __device__ __forceinline__ T* matrix_of(T* x, int n, int heads, int head, int si
 // float32 can write them.
 enum { GC_HIGH, GC_LOW, DECAY, TAIL, BETA, GATES };
 
-// exp(high + low)
-__device__ __forceinline__ float exp_of_sum(float high, float low) {
-    const float y = expf(high);
-    return fmaf(y, low, y);
-}
-
 // exp(gc_i - gc_j) for i >= j [wy.2]. The difference is formed before the exponential: exp(gc_i) exp(-gc_j) overflows.
 __device__ __forceinline__ float decay_ratio(const float* gates, int i, int j) {
     const float high = gates[GC_HIGH * CHUNK + i] - gates[GC_HIGH * CHUNK + j];

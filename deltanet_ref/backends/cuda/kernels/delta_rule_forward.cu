@@ -46,10 +46,8 @@ __device__ __forceinline__ void prepare_gates(const float* g, const float* beta,
     }
     __syncthreads();  // gc is complete, and g has been read
     if (i < CHUNK) {
-        const float* gc_high = gates + GC_HIGH * CHUNK;
-        const float* gc_low = gates + GC_LOW * CHUNK;
-        gates[DECAY * CHUNK + i] = exp_of_sum(gc_high[i], gc_low[i]);
-        gates[TAIL * CHUNK + i] = exp_of_sum(gc_high[CHUNK - 1] - gc_high[i], gc_low[CHUNK - 1] - gc_low[i]);
+        gates[DECAY * CHUNK + i] = expf(gates[GC_HIGH * CHUNK + i]);
+        gates[TAIL * CHUNK + i] = decay_ratio(gates, CHUNK - 1, i);
     }
 }
 
