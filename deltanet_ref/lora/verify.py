@@ -316,8 +316,11 @@ class MergedWeights(Mapping):
     def linear_forward(self, names, x):
         return [self.backend.linear_forward(x, self[name]) for name in names]
 
+    def embedding_forward(self, name, tokens):
+        return self._weights.embedding_forward(name, tokens)  # no adapter changes it
+
     def rows(self, name, ids):
-        return self._weights.rows(name, ids)  # embeddings, which no adapter changes
+        return self._weights.rows(name, ids)
 
     def shape(self, name):
         return self._weights.shape(name)

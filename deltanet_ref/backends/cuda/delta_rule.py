@@ -53,8 +53,8 @@ class Shapes(NamedTuple):
 
 
 class DeltaRuleCache(NamedTuple):
-    """Kept by gated_delta_rule_forward: its arguments. All else is recomputed, which costs less than a forward; kept,
-    it would be six times the size of the arguments."""
+    """Kept by gated_delta_rule_forward: its arguments. All else is recomputed, which takes less than a forward; kept,
+    it would more than double the cache."""
 
     shapes: Shapes
     q: object  # (tokens, H_k, d_k) and so on, padded

@@ -169,4 +169,4 @@ def source(file: str) -> str:
     changed header.
     """
     headers = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.glob("*.cuh")))).hexdigest()
-    return f"{(KERNELS / f'{file}.cu').read_text()}\n// headers: {headers}\n"
+    return f'#line 1 "{file}.cu"\n{(KERNELS / f"{file}.cu").read_text()}\n// headers: {headers}\n'

@@ -48,12 +48,41 @@ __device__ __forceinline__ T* matrix_of(T* x, int n, int heads, int head, int si
 
 // ---- the gates of a chunk: five arrays of CHUNK floats
 
-// gc [wy.1] is the unevaluated sum high + low, to 2^-48 of the largest sum: differences of large sums are as accurate as
-// float32 can write them.
+// gc [wy.1] is the unevaluated sum high + low, to 2^-48 of the largest sum: differences of large sums are as accurate
+// as float32 can write them.
 enum { GC_HIGH, GC_LOW, DECAY, TAIL, BETA, GATES };
 
 // exp(gc_i - gc_j) for i >= j [wy.2]. The difference is formed before the exponential: exp(gc_i) exp(-gc_j) overflows.
 __device__ __forceinline__ float decay_ratio(const float* gates, int i, int j) {
     const float high = gates[GC_HIGH * CHUNK + i] - gates[GC_HIGH * CHUNK + j];
     return expf(high + (gates[GC_LOW * CHUNK + i] - gates[GC_LOW * CHUNK + j]));
+}
+
+// ---- walks along a sequence: a warp owns 16 columns of d_v
+
+constexpr int COLUMNS = 16 * COLUMN_WARPS, THREADS = WARP * COLUMN_WARPS;
+
+// What is fetched a whole chunk ahead: K, a matrix of pairs of tokens, rows of values, gates. Two stages in turn.
+struct Stage {
+    Tile<REAL> K, square, values;
+    float* gates;
+
+    static constexpr int ROW_BYTES = (padded<REAL>(D_K) + padded<REAL>(CHUNK) + padded<REAL>(COLUMNS)) * sizeof(REAL);
+    static constexpr int BYTES = CHUNK * (ROW_BYTES + GATES * sizeof(float));
+
+    __device__ __forceinline__ explicit Stage(unsigned char* start) {
+        Carver carver{start};
+        K = carver.tile<REAL>(CHUNK, D_K);
+        square = carver.tile<REAL>(CHUNK, CHUNK);
+        values = carver.tile<REAL>(CHUNK, COLUMNS);
+        gates = carver.array<float>(GATES * CHUNK);
+    }
+};
+
+// For the transpose of 16 columns of a state S in registers: f(x, place of x in the matrix (D_K, d_v)).
+template <class F>
+__device__ __forceinline__ void each_of_state(Block (&S)[D_K / 16], int d_v, int first_column, F f) {
+#pragma unroll
+    for (int m = 0; m < D_K / 16; ++m)
+        each(S[m], [&](float& x, int row, int column) { f(x, (16 * m + column) * d_v + first_column + row); });
 }

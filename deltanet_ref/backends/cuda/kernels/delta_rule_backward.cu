@@ -3,23 +3,25 @@
 //
 // Before these kernels run delta_rule_triangles (P, T, gates) and delta_rule_states (V_new, S entering each chunk).
 //
-// delta_rule_state_gradients  a block per sequence, value head and 16 COLUMN_WARPS columns of d_v, from the last chunk to
-//                             the first: dV_new, X, dv, dS                                       [chunk.15, 16, 17, wy.7]
-// delta_rule_gradients        a block per chunk and value head: dq, dk, dg, dbeta              [chunk.6..8, 11, 12, wy.7..9]
+// delta_rule_state_gradients  a block per sequence, value head and 16 COLUMN_WARPS columns of d_v, from the last chunk
+//                             to the first: dV_new, X, dv, dS                                 [chunk.15, 16, 17, wy.7]
+// delta_rule_gradients        a block per chunk and value head: dq, dk, dg, dbeta         [chunk.6..8, 11, 12, wy.7..9]
 // delta_rule_sum_heads        dq and dk of a key head: the sum over its value heads, in order
 //
-// Design. The first is the forward's walk in reverse: a warp owns 16 columns of dS, whose transpose stays in its registers
-// in float32, and two barriers per chunk. The second is all products of a chunk that do not wait for another chunk; a warp
-// owns 16 tokens. Its factors are streamed in slices through shared memory; blocks on one multiprocessor hide each
-// other's copies. dg is a sum of products that all contain exp(g_t), never a difference of sums [chunk.12].
+// Design. The first is the forward's walk in reverse: a warp owns 16 columns of dS, whose transpose stays in its
+// registers in float32, and two barriers per chunk. The second is all products of a chunk that do not wait for another
+// chunk; a warp owns 16 tokens. Its factors are streamed in slices through shared memory; blocks on one multiprocessor
+// hide each other's copies. dg is a sum of products that all contain exp(g_t), never a difference of sums [chunk.12].
 //
-// Nothing is kept by the forward but its arguments: T, P, V_new and the states of a layer are 1.5 KB per token and value
-// head at d 128, 3.6 GB for 18 layers of 16 heads on 8192 tokens, and computing them again costs a forward without Q.
+// The forward keeps nothing but its arguments. P, T, V_new and the states are 1 KB per token and value head at d 128,
+// 2.4 GB for 18 layers of 16 heads on 8192 tokens; computing them again takes less than a forward.
 //
 // Types: states, dS', X, V_new, and dq, dk of value heads in REAL; dg, dbeta, dS0 and all sums float32.
 //
-// Floor per token and value head at d_k = d_v = 128, bfloat16, CHUNK 64: recomputing 1.8 KB; first 2.0 KB (K, Q, do, T, P,
-// gates; X, dv, dS'), second 3.3 KB; 0.47 MFLOP. At B 4, L 2048, 16 heads: 0.93 GB or 320 us at 2.94 TB/s, 62 GFLOP.
+// Floor per token and value head at d_k = d_v = 128, bfloat16, CHUNK 64: triangles and states 2.2 KB, state_gradients
+// 2.1 KB, gradients 3.1 KB; 0.4 MFLOP in all. B 4, L 2048, 16 heads: 0.97 GB, 330 us at 2.94 TB/s; 52 GFLOP, 86 us at
+// 600 TFLOP/s. Predicted for B 1, L 2048, not measured: 32 chunks of 1.2 us for the states and of 1.6 us for their
+// gradients, and the two kernels of single chunks, 60 us: 150 us.
 //
 // Versions: 1, this one. Not measured on a card yet.
 
@@ -27,39 +29,13 @@
 
 // ---- across chunks, from the last to the first
 
-constexpr int COLUMNS = 16 * COLUMN_WARPS, THREADS = WARP * COLUMN_WARPS;
-
-// What is fetched a whole chunk ahead: two stages in turn.
-struct Stage {
-    Tile<REAL> K, P, dO;
-    float* gates;
-
-    static constexpr int BYTES =
-        CHUNK * ((padded<REAL>(D_K) + padded<REAL>(CHUNK) + padded<REAL>(COLUMNS)) * sizeof(REAL) + GATES * sizeof(float));
-
-    __device__ __forceinline__ explicit Stage(unsigned char* start) {
-        Carver carver{start};
-        K = carver.tile<REAL>(CHUNK, D_K);
-        P = carver.tile<REAL>(CHUNK, CHUNK);
-        dO = carver.tile<REAL>(CHUNK, COLUMNS);
-        gates = carver.array<float>(GATES * CHUNK);
-    }
-};
-
-// dS^T in registers: f(x, place of dS[row, column] in a matrix (D_K, d_v)).
-template <class F>
-__device__ __forceinline__ void each_of_state(Block (&dS)[D_K / 16], int d_v, int first_column, F f) {
-#pragma unroll
-    for (int m = 0; m < D_K / 16; ++m)
-        each(dS[m], [&](float& x, int row, int column) { f(x, (16 * m + column) * d_v + first_column + row); });
-}
-
-// X and dv (tokens, H_v, d_v); dstates (chunks, H_v, d_v, D_K): dS'^T, the gradient of the state that leaves each chunk.
-// dS_end may be null: zeros.
+// X and dv (tokens, H_v, d_v); dstates (chunks, H_v, d_v, D_K): dS'^T, the gradient of the state that leaves each
+// chunk. dS_end may be null: zeros.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 delta_rule_state_gradients(const REAL* q, const REAL* k, const REAL* P_in, const REAL* T_in, const float* gates_in,
-                           const REAL* dout, const float* dS_end, const int* cu_seqlens, int H_k,
-                           int H_v, int d_v, int tiled, float scale, REAL* X_out, REAL* dv, REAL* dstates, float* dS0) {
+                           const REAL* dout, const float* dS_end, const int* cu_seqlens,
+                           int H_k, int H_v, int d_v, int tiled, float scale, REAL* X_out, REAL* dv, REAL* dstates,
+                           float* dS0) {
     extern __shared__ __align__(16) unsigned char shared[];
     const Sequence sequence(cu_seqlens, blockIdx.z);
     const int head = blockIdx.y, h_k = key_head(head, H_k, H_v, tiled), first = blockIdx.x * COLUMNS;
@@ -72,8 +48,9 @@ delta_rule_state_gradients(const REAL* q, const REAL* k, const REAL* P_in, const
         const Stage stage(stages + chunk % 2 * Stage::BYTES);
         const int token = sequence.token(chunk), filled = sequence.filled(chunk), index = sequence.first_chunk + chunk;
         copy_tile<THREADS>(stage.K, row_of(k, token, H_k, h_k, D_K), H_k * D_K, CHUNK, filled, D_K);
-        copy_tile<THREADS>(stage.P, matrix_of(P_in, index, H_v, head, CHUNK * CHUNK), CHUNK, CHUNK, CHUNK, CHUNK);
-        copy_tile<THREADS>(stage.dO, row_of(dout, token, H_v, head, d_v) + first, H_v * d_v, CHUNK, filled, COLUMNS);
+        copy_tile<THREADS>(stage.square, matrix_of(P_in, index, H_v, head, CHUNK * CHUNK), CHUNK, CHUNK, CHUNK, CHUNK);
+        const REAL* dO = row_of(dout, token, H_v, head, d_v) + first;
+        copy_tile<THREADS>(stage.values, dO, H_v * d_v, CHUNK, filled, COLUMNS);
         const float* gates = matrix_of(gates_in, index, H_v, head, GATES * CHUNK);
         copy_tile<THREADS>(Tile<float>{stage.gates, CHUNK}, gates, CHUNK, GATES, GATES, CHUNK);
     };
@@ -115,7 +92,7 @@ delta_rule_state_gradients(const REAL* q, const REAL* k, const REAL* P_in, const
         for (int n = 0; n < BLOCKS; ++n)
             each(dV_new[n], [&](float& x, int, int column) { x *= tail[16 * n + column]; });
         multiply_columns<REAL, Shape::LOWER, BLOCKS>(
-            dV_new, [&](int i) { return left_columns(stage.dO, 16 * i, own); }, stage.P);
+            dV_new, [&](int i) { return left_columns(stage.values, 16 * i, own); }, stage.square);
 
         cp_async_wait<1>();
         __syncthreads();  // Q and T have arrived
@@ -126,7 +103,7 @@ delta_rule_state_gradients(const REAL* q, const REAL* k, const REAL* P_in, const
         // dS = exp(gc_C) dS' + (scale exp(gc) Q)^T dO - (beta exp(gc) K)^T X                              [chunk.17]
         each_of_state(dS, d_v, 0, [&](float& x, int) { x *= decay[CHUNK - 1]; });
         const auto dO_decayed = [&](int i) {
-            Block x = transposed(stage.dO, 16 * i, own);
+            Block x = transposed(stage.values, 16 * i, own);
             each(x, [&](float& y, int, int column) { y *= scale * decay[16 * i + column]; });
             return left<REAL>(x);
         };
@@ -139,14 +116,14 @@ delta_rule_state_gradients(const REAL* q, const REAL* k, const REAL* P_in, const
         multiply_columns<REAL, Shape::FULL, BLOCKS>(dS, minus_X_decayed, stage.K);
 
         const long long place = row_of(X_out, sequence.token(chunk), H_v, head, d_v) - X_out + first;
-        // The columns of dO serve to write X. All lanes have read them: they went into products of the whole warp above.
-        store_rows(X, stage.dO, own, X_out + place, H_v * d_v, filled);
+        // The columns of dO serve to write X. All lanes have read them: they went into products of the whole warp.
+        store_rows(X, stage.values, own, X_out + place, H_v * d_v, filled);
         // dv = beta X                                                                                         [wy.7]
 #pragma unroll
         for (int n = 0; n < BLOCKS; ++n)
             each(X[n], [&](float& x, int, int column) { x *= beta[16 * n + column]; });
         __syncwarp();  // X is written, its columns serve to write dv
-        store_rows(X, stage.dO, own, dv + place, H_v * d_v, filled);
+        store_rows(X, stage.values, own, dv + place, H_v * d_v, filled);
     }
     float* dS_out = matrix_of(dS0, blockIdx.z, H_v, head, D_K * d_v);
     each_of_state(dS, d_v, first + own, [&](float& x, int place) { dS_out[place] = x; });
@@ -207,7 +184,8 @@ delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* do
 
     const int h_k = key_head(head, H_k, H_v, tiled), key_stride = H_k * D_K, value_stride = H_v * d_v;
     const REAL *Q = row_of(q, token, H_k, h_k, D_K), *K = row_of(k, token, H_k, h_k, D_K);
-    const long long values = row_of(v, token, H_v, head, d_v) - v, state = matrix_of(states, index, H_v, head, d_v * D_K) - states;
+    const long long values = row_of(v, token, H_v, head, d_v) - v;
+    const long long state = matrix_of(states, index, H_v, head, d_v * D_K) - states;
     const auto copy_keys = [&](Tile<REAL> tile, const REAL* x, int m) {
         copy_slice(tile, x, key_stride, CHUNK, filled, m, D_K);
     };
@@ -221,8 +199,8 @@ delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* do
     };
 
     // Q K^T and K K^T, dO V_new^T and X V_new^T, on and below the diagonal; this warp has rows own .. own + 15
-    copy_tile<CHUNK_THREADS>(Tile<float>{gates, CHUNK}, matrix_of(gates_in, index, H_v, head, GATES * CHUNK), CHUNK, GATES,
-                             GATES, CHUNK);
+    const float* gates_row = matrix_of(gates_in, index, H_v, head, GATES * CHUNK);
+    copy_tile<CHUNK_THREADS>(Tile<float>{gates, CHUNK}, gates_row, CHUNK, GATES, GATES, CHUNK);
     Block QK[BLOCKS], KK[BLOCKS], dO_V[BLOCKS], X_V[BLOCKS];
     clear(QK);
     clear(KK);
@@ -264,15 +242,15 @@ delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* do
                     multiply(X_V[n], X_c, right);
                 }
         }
+        const int row = thread / 2, first = thread % 2 * STEP / 2;
 #pragma unroll
-        for (int c = 0; c < STEP / 2; ++c)
-            direct = fmaf(X_m(thread / 2, thread % 2 * STEP / 2 + c), V_m(thread / 2, thread % 2 * STEP / 2 + c), direct);
+        for (int c = first; c < first + STEP / 2; ++c) direct = fmaf(X_m(row, c), V_m(row, c), direct);
     }
     // dbeta_i = X_i v_i, for now                                                                               [wy.7]
     direct = warp_sum<2>(direct);
     if (thread % 2 == 0) X_v[thread / 2] = direct;
     __syncthreads();  // the slices have been read; pairs take their memory
-    // dP = dO V_new^T, dA = -X V_new^T, and the gradients of Q K^T and K K^T                  [chunk.6, chunk.7, wy.8, wy.9]
+    // dP = dO V_new^T, dA = -X V_new^T, and the gradients of Q K^T and K K^T             [chunk.6, chunk.7, wy.8, wy.9]
     float through_A[2] = {};
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n)
@@ -289,11 +267,11 @@ delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* do
                     through_A[e / 2] = fmaf(dA_Gamma, KK[n].x[half][e], through_A[e / 2]);
                     *dQK.at(i, j) = from_float<REAL>(dQK_ij);
                     *dKK.at(i, j) = from_float<REAL>(dKK_ij);
-                    *pair.at(i, j) = dQK_ij * QK[n].x[half][e] + dKK_ij * KK[n].x[half][e];                  // [chunk.11]
+                    *pair.at(i, j) = dQK_ij * QK[n].x[half][e] + dKK_ij * KK[n].x[half][e];  // [chunk.11]
                 }
     store_row_sums(through_A, dbeta_pairs + own);
     __syncthreads();  // pairs are complete, and dQK and dKK
-    // the sum of pair_ij over i >= t > j: each column summed from below, then row t                             [chunk.12]
+    // the sum of pair_ij over i >= t > j: each column summed from below, then row t                          [chunk.12]
     if (thread < CHUNK) {
         float below = 0.0f;
         for (int i = CHUNK - 1; i > thread; --i) *pair.at(i, thread) = below += pair(i, thread);
@@ -322,7 +300,7 @@ delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* do
             copy_slice(S_m, states + state + m * D_K, D_K, STEP, d_v - m, s, D_K);
             copy_slice(dS_m, dstates + state + m * D_K, D_K, STEP, d_v - m, s, D_K);
             arrive();
-            // dO S^T, X S^T, V_new dS'^T                                                        [chunk.6, wy.7, chunk.8]
+            // dO S^T, X S^T, V_new dS'^T                                                       [chunk.6, wy.7, chunk.8]
 #pragma unroll 1
             for (int c = 0; c < STEP; c += 16) {
                 const Left<REAL> dO_c = left_rows(dO_m, own, c), X_c = left_rows(X_m, own, c);
@@ -338,7 +316,7 @@ delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* do
             for (int i = thread; i < STEP * STEP; i += CHUNK_THREADS)
                 whole = fmaf(S_m(i / STEP, i % STEP), dS_m(i / STEP, i % STEP), whole);
         }
-        // dq = exp(gc) dO S^T, dk = exp(gc_C - gc) V_new dS'^T - beta exp(gc) X S^T, and what the factors get   [chunk.11]
+        // dq = exp(gc) dO S^T, dk = exp(gc_C - gc) V_new dS'^T - beta exp(gc) X S^T; and row, tail          [chunk.11]
 #pragma unroll
         for (int n = 0; n < STEP / 16; ++n)
 #pragma unroll
@@ -355,7 +333,7 @@ delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* do
                     dQ[n].x[half][e] = dq_i;
                     dK[n].x[half][e] = fmaf(-beta[i], X_S_i, dk_tail);
                 }
-        // dQ += dQK K, dK += dQK^T Q + (dKK + dKK^T) K                                                   [chunk.7, wy.9]
+        // dQ += dQK K, dK += dQK^T Q + (dKK + dKK^T) K                                                  [chunk.7, wy.9]
 #pragma unroll 1
         for (int j = 0; j < BLOCKS; ++j) {
             if (j <= warp) {
@@ -376,7 +354,8 @@ delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* do
                 }
             }
         }
-        REAL *dq_rows = row_of(dq, token + own, H_v, head, D_K) + s, *dk_rows = row_of(dk, token + own, H_v, head, D_K) + s;
+        REAL* dq_rows = row_of(dq, token + own, H_v, head, D_K) + s;
+        REAL* dk_rows = row_of(dk, token + own, H_v, head, D_K) + s;
 #pragma unroll
         for (int n = 0; n < STEP / 16; ++n)
             if (s + 16 * n < D_K) {
@@ -387,9 +366,9 @@ delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* do
     store_row_sums(row_sums, row_terms + own);
     store_row_sums(tail_sums, tail_terms + own);
     store_row_sums(dbeta_sums, dbeta_rows + own);
-    // whole = exp(gc_C) <S, dS'>                                                                                [chunk.11]
+    // whole = exp(gc_C) <S, dS'>                                                                             [chunk.11]
     whole = decay[CHUNK - 1] * block_sum<BLOCKS>(whole, scratch);  // its barrier: all terms are complete
-    // dg_t = the sum of pair_ij over i >= t > j, of row_i over i >= t, of tail_j over j < t, and whole          [chunk.12]
+    // dg_t = the sum of pair_ij over i >= t > j, of row_i over i >= t, of tail_j over j < t, and whole       [chunk.12]
     if (thread < filled) {
         float sum = crossing;
         for (int i = 0; i < CHUNK; ++i) sum += i < thread ? tail_terms[i] : row_terms[i];

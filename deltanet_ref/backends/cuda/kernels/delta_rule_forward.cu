@@ -7,17 +7,20 @@
 // delta_rule_states      the same without o, for backward: writes V_new and the state entering each chunk
 //
 // Design. A column of S does not depend on the other columns, so a warp owns 16 of them for the whole sequence: S^T, of
-// 16 rows, stays in its registers in float32, and so do the transposes of R, V_new and o of a chunk, each the left factor
-// of the next product (tiles.cuh). Warps share only the tiles that they read: two barriers per chunk. K, T^T, V and gates
-// of the next chunk are copied while this one is computed, Q and P^T while V_new is. T is applied to R = beta (V - exp(gc)
-// K S) rather than to beta V and beta exp(gc) K: U and W are never written, and R is rounded after its cancellation.
+// 16 rows, stays in its registers in float32, and so do the transposes of R, V_new and o of a chunk, each the left
+// factor of the next product (tiles.cuh). Warps share only the tiles that they read: two barriers per chunk. K, T^T, V
+// and gates of the next chunk are copied while this one is computed, P while V_new is, the next Q while o and S are. T
+// is applied to R = beta (V - exp(gc) K S) rather than to beta V and beta exp(gc) K: U and W are never written, and R
+// is rounded after its cancellation.
 //
 // Types: q, k, v, o, P, T, V_new and stored states in REAL, all else float32. CHUNK is 64 for bfloat16; 32 for float,
 // whose tiles are twice as large. The result does not depend on CHUNK but for rounding.
 //
-// Floor per token and value head at d_k = d_v = 128, bfloat16, CHUNK 64: read q, k twice, v once, write o, P, T, read P, T
-// with gates: 2.1 KB; 2 (64 + 4 * 128 * 128 + ...) = 0.19 MFLOP. At B 4, L 2048, 16 heads: 275 MB or 94 us at 2.94 TB/s, 25
-// GFLOP. At B 1, L 2048: 23 us by bytes, but 32 chunks in series: 216 mma of one warp each, 1 us or more.
+// Floor per token and value head at d_k = d_v = 128, bfloat16, CHUNK 64: 2.1 KB (q, k twice; P, T, gates written and
+// read; v, o) and 0.14 MFLOP. B 4, L 2048, 16 heads: 274 MB, 93 us at 2.94 TB/s; 18 GFLOP, 30 us at 600 TFLOP/s. B 1, L
+// 2048: 23 us by bytes. Predicted there, not measured: a warp does 232 mma per chunk, 8 cycles each if its loads are
+// hidden, and about 5 dependent steps of 100 cycles; 1.4 us a chunk at 1.755 GHz, 32 chunks and the triangles are 55
+// us.
 //
 // Versions: 1, this one. Not measured on a card yet.
 
@@ -151,39 +154,12 @@ delta_rule_triangles(const REAL* q, const REAL* k, const float* g, const float* 
 
 // ---- across chunks
 
-constexpr int COLUMNS = 16 * COLUMN_WARPS, THREADS = WARP * COLUMN_WARPS;
-
-// What is fetched a whole chunk ahead: two stages in turn.
-struct Stage {
-    Tile<REAL> K, T, V;
-    float* gates;
-
-    static constexpr int BYTES =
-        CHUNK * ((padded<REAL>(D_K) + padded<REAL>(CHUNK) + padded<REAL>(COLUMNS)) * sizeof(REAL) + GATES * sizeof(float));
-
-    __device__ __forceinline__ explicit Stage(unsigned char* start) {
-        Carver carver{start};
-        K = carver.tile<REAL>(CHUNK, D_K);
-        T = carver.tile<REAL>(CHUNK, CHUNK);
-        V = carver.tile<REAL>(CHUNK, COLUMNS);
-        gates = carver.array<float>(GATES * CHUNK);
-    }
-};
-
-// S^T in registers, as Block n holds it: f(x, place of S[row, column] in a matrix (D_K, d_v)).
-template <class F>
-__device__ __forceinline__ void each_of_state(Block (&S)[D_K / 16], int d_v, int first_column, F f) {
-#pragma unroll
-    for (int m = 0; m < D_K / 16; ++m)
-        each(S[m], [&](float& x, int row, int column) { f(x, (16 * m + column) * d_v + first_column + row); });
-}
-
 // o and S_end if OUTPUTS, otherwise V_new (in out) and states.
 template <bool OUTPUTS>
 __device__ __forceinline__ void carry(const REAL* q, const REAL* k, const REAL* v, const REAL* P_in, const REAL* T_in,
                                       const float* gates_in, const float* S0, const int* cu_seqlens,
-                                      int H_k, int H_v, int d_v, int tiled, float scale, REAL* out,
-                                      REAL* states, float* S_end, unsigned char* shared) {
+                                      int H_k, int H_v, int d_v, int tiled, float scale,
+                                      REAL* out, REAL* states, float* S_end, unsigned char* shared) {
     const Sequence sequence(cu_seqlens, blockIdx.z);
     const int head = blockIdx.y, h_k = key_head(head, H_k, H_v, tiled), first = blockIdx.x * COLUMNS;
     const int own = threadIdx.x / WARP * 16, chunks = sequence.chunks();
@@ -195,8 +171,8 @@ __device__ __forceinline__ void carry(const REAL* q, const REAL* k, const REAL* 
         const Stage stage(stages + chunk % 2 * Stage::BYTES);
         const int token = sequence.token(chunk), filled = sequence.filled(chunk), index = sequence.first_chunk + chunk;
         copy_tile<THREADS>(stage.K, row_of(k, token, H_k, h_k, D_K), H_k * D_K, CHUNK, filled, D_K);
-        copy_tile<THREADS>(stage.T, matrix_of(T_in, index, H_v, head, CHUNK * CHUNK), CHUNK, CHUNK, CHUNK, CHUNK);
-        copy_tile<THREADS>(stage.V, row_of(v, token, H_v, head, d_v) + first, H_v * d_v, CHUNK, filled, COLUMNS);
+        copy_tile<THREADS>(stage.square, matrix_of(T_in, index, H_v, head, CHUNK * CHUNK), CHUNK, CHUNK, CHUNK, CHUNK);
+        copy_tile<THREADS>(stage.values, row_of(v, token, H_v, head, d_v) + first, H_v * d_v, CHUNK, filled, COLUMNS);
         const float* gates = matrix_of(gates_in, index, H_v, head, GATES * CHUNK);
         copy_tile<THREADS>(Tile<float>{stage.gates, CHUNK}, gates, CHUNK, GATES, GATES, CHUNK);
     };
@@ -254,14 +230,14 @@ __device__ __forceinline__ void carry(const REAL* q, const REAL* k, const REAL* 
         for (int n = 0; n < BLOCKS; ++n)
             each(R[n], [&](float& x, int row, int column) {
                 const int i = 16 * n + column;
-                x = beta[i] * (stage.V(i, own + row) - decay[i] * x);
+                x = beta[i] * (stage.values(i, own + row) - decay[i] * x);
             });
         // V_new = T R                                                                                     [chunk.14]
         Block V_new[BLOCKS];
         clear(V_new);
-        multiply_columns<REAL, Shape::UPPER, BLOCKS>(V_new, [&](int j) { return left<REAL>(R[j]); }, stage.T);
+        multiply_columns<REAL, Shape::UPPER, BLOCKS>(V_new, [&](int j) { return left<REAL>(R[j]); }, stage.square);
 
-        // The columns of V serve to write o or V_new. All lanes have read them: they went into products of the whole warp.
+        // The columns of V serve to write o or V_new. All lanes have read them: they went into products of the warp.
         REAL* rows = row_of(out, sequence.token(chunk), H_v, head, d_v) + first;
         if constexpr (OUTPUTS) {
             cp_async_wait<1>();
@@ -273,9 +249,9 @@ __device__ __forceinline__ void carry(const REAL* q, const REAL* k, const REAL* 
             for (int n = 0; n < BLOCKS; ++n)
                 each(o[n], [&](float& x, int, int column) { x *= scale * decay[16 * n + column]; });
             multiply_rows<REAL, Shape::UPPER, BLOCKS>(o, [&](int j) { return left<REAL>(V_new[j]); }, P);
-            store_rows(o, stage.V, own, rows, H_v * d_v, sequence.filled(chunk));
+            store_rows(o, stage.values, own, rows, H_v * d_v, sequence.filled(chunk));
         } else {
-            store_rows(V_new, stage.V, own, rows, H_v * d_v, sequence.filled(chunk));
+            store_rows(V_new, stage.values, own, rows, H_v * d_v, sequence.filled(chunk));
         }
         // S' = exp(gc_C) S + (exp(gc_C - gc) K)^T V_new                                                   [chunk.2]
         each_of_state(S, d_v, 0, [&](float& x, int) { x *= decay[CHUNK - 1]; });
@@ -295,17 +271,19 @@ __device__ __forceinline__ void carry(const REAL* q, const REAL* k, const REAL* 
 // S0 may be null: zeros.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 delta_rule_outputs(const REAL* q, const REAL* k, const REAL* v, const REAL* P, const REAL* T, const float* gates,
-                   const float* S0, const int* cu_seqlens, int H_k, int H_v, int d_v, int tiled,
-                   float scale, REAL* o, float* S_end) {
+                   const float* S0, const int* cu_seqlens, int H_k, int H_v, int d_v,
+                   int tiled, float scale, REAL* o, float* S_end) {
     extern __shared__ __align__(16) unsigned char shared[];
-    carry<true>(q, k, v, P, T, gates, S0, cu_seqlens, H_k, H_v, d_v, tiled, scale, o, nullptr, S_end, shared);
+    carry<true>(q, k, v, P, T, gates, S0, cu_seqlens, H_k, H_v, d_v, tiled, scale, o, nullptr, S_end,
+                shared);
 }
 
 // states (chunks, H_v, d_v, D_K): the transposed state entering each chunk.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-delta_rule_states(const REAL* k, const REAL* v, const REAL* T, const float* gates, const float* S0, const int* cu_seqlens,
-                  int H_k, int H_v, int d_v, int tiled, REAL* V_new, REAL* states) {
+delta_rule_states(const REAL* k, const REAL* v, const REAL* T, const float* gates, const float* S0,
+                  const int* cu_seqlens, int H_k, int H_v, int d_v, int tiled, REAL* V_new,
+                  REAL* states) {
     extern __shared__ __align__(16) unsigned char shared[];
-    carry<false>(nullptr, k, v, nullptr, T, gates, S0, cu_seqlens, H_k, H_v, d_v, tiled, 0.0f, V_new, states,
-                 nullptr, shared);
+    carry<false>(nullptr, k, v, nullptr, T, gates, S0, cu_seqlens, H_k, H_v, d_v, tiled, 0.0f, V_new,
+                 states, nullptr, shared);
 }

@@ -6,8 +6,9 @@
 // at = lane % 4, a lane holds
 //
 //   d[0..3]                 (row, pair), (row, pair + 1), (row + 8, pair), (row + 8, pair + 1)    float32
-//   a[0..3], bfloat16       (row, pair..), (row + 8, pair..), (row, pair + 8..), (row + 8, pair + 8..)    two columns each
-//   b[0..1], bfloat16       (pair.., row), (pair + 8.., row)    two rows each; the lower one in the lower half
+//   a[0..3], bfloat16       (row, pair..), (row + 8, pair..), (row, pair + 8..), (row + 8, pair + 8..)
+//                           two columns each; the left one in the lower half
+//   b[0..1], bfloat16       (pair.., row), (pair + 8.., row)    two rows each; the upper one in the lower half
 //   a[0..3], tf32           (row, at), (row + 8, at), (row, at + 4), (row + 8, at + 4)
 //   b[0..1], tf32           (at, row), (at + 4, row)
 #pragma once
@@ -26,7 +27,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 // d += a b: (16, 16) times (16, 8), bfloat16 factors, float32 sums.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -34,7 +36,8 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
 // d += a b: (16, 8) times (8, 8), factors in TF32 (the low 13 bits are ignored), float32 sums.
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -47,8 +50,8 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 }
 
 // Four (two) tiles of 8 rows of 16 bytes. Lane i gives the address of row i % 8 of tile i / 8 (x2: of lanes 0 .. 15), a
-// multiple of 16; r[n] is then row lane / 4, 4 bytes from byte 4 (lane % 4), of tile n. _trans takes the rows as 8 numbers
-// of 16 bits and transposes the tile: r[n] holds (pair, row) and (pair + 1, row).
+// multiple of 16; r[n] is then row lane / 4, 4 bytes from byte 4 (lane % 4), of tile n. _trans takes the rows as 8
+// numbers of 16 bits and transposes the tile: r[n] holds (pair, row) and (pair + 1, row).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

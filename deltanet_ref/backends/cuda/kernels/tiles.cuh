@@ -5,8 +5,8 @@
 // of the next one without leaving its lane. So a warp that owns 16 rows computes a chain of products alone.
 //
 // T is the type that factors have. bfloat16: one mma m16n8k16 for each 16 x 8. float: three mma m16n8k8 in TF32 on the
-// high and low halves of both factors (the product of the low ones is dropped), which is as accurate as float32 to about
-// two bits. Sums are float32.
+// high and low halves of both factors (the product of the low ones is dropped), which is as accurate as float32 to
+// about two bits. Sums are float32.
 #pragma once
 
 #include <ptx.cuh>
@@ -52,7 +52,7 @@ template <int THREADS, class T>
 __device__ __forceinline__ void copy_tile(Tile<T> tile, const T* global, int row_stride, int rows, int filled,
                                           int columns) {
     const int pieces = columns / PIECE<T>;
-#pragma unroll 2
+#pragma unroll 1
     for (int i = threadIdx.x; i < rows * pieces; i += THREADS) {
         const int row = i / pieces, column = i % pieces * PIECE<T>;
         const bool valid = row < filled;
@@ -145,8 +145,8 @@ __device__ __forceinline__ Halves halves(float x) {
     return {high, to_tf32(x - __uint_as_float(high))};
 }
 
-// The sum over a product's inner index runs in any order. A lane holds columns pair and pair + 1 of a Block where an mma
-// expects columns at and at + 4: both factors are given with that permutation.
+// The sum over a product's inner index runs in any order. A lane holds columns pair and pair + 1 of a Block where an
+// mma expects columns at and at + 4: both factors are given with that permutation.
 template <>
 struct Left<float> {
     uint32_t high[2][4], low[2][4];  // for columns 0 .. 7 and 8 .. 15
