@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import LONG, SLOW
 from tests.machines import DESELECTED, NUMERIC
 
-FILES = {path.name: path for path in Path(__file__).parent.glob("test_*.py")}
+FILES = {path.name: path for path in Path(__file__).parent.rglob("test_*.py") if path.parent.name != "cuda"}
 
 
 @pytest.mark.parametrize("test", [*LONG, *SLOW, *NUMERIC, *DESELECTED])

@@ -305,7 +305,8 @@ class MergedWeights(Mapping):
     """model.weights.Weights with adapters merged in, for forward passes only; each sum is formed when it is used."""
 
     def __init__(self, weights, adapters):
-        self._weights, self._adapters, self.dtype, self.backend = weights, adapters, weights.dtype, weights.backend
+        self._weights, self._adapters, self.backend = weights, adapters, weights.backend
+        self.dtype, self.wide_dtype = weights.dtype, weights.wide_dtype
 
     def __getitem__(self, name):
         w = self._weights[name]
