@@ -9,7 +9,7 @@ from gguf.constants import GGML_QUANT_SIZES
 
 from deltanet_ref import ops
 from deltanet_ref.backends import interface
-from deltanet_ref.backends.cuda import quants as cuda, stored
+from deltanet_ref.backends.cuda import quants as cuda, stored as stored_of
 from deltanet_ref.backends.cuda.emulator import jobs
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
@@ -158,7 +158,7 @@ def test_a_product_that_does_not_fit_is_refused(device):
 def test_the_capability_keeps_the_contract(device):
     names = (*interface.Backend.__annotations__, *interface.OPERATORS)
     backend = SimpleNamespace(**{name: getattr(ops, name) for name in names})
-    backend.stored = stored(device)
+    backend.stored = stored_of(device)
     assert interface.violations(backend) == []
     assert all(backend.stored.decodes(kind, (3, 512)) for kind in cuda.KERNELS)
     assert not backend.stored.decodes(Type.Q8_0, (3, 33)) and not backend.stored.decodes(Type.Q2_K, (3, 256))
