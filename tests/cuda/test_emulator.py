@@ -388,6 +388,27 @@ def test_each_block_runs_once_in_any_order(library, grid):
         assert count[0] == n
 
 
+def test_two_sources_of_one_name_are_not_confused():
+    i = "threadIdx.x"
+    needed = f"__shared__ int s[64]; s[{i}] = {i};\n__syncthreads();\nout[{i}] = s[{i} ^ 63];\n"
+    not_needed = "out[threadIdx.x] = 1;\n__syncthreads();\n"
+    with jobs.recording() as launches:
+        for body in (needed, not_needed, needed + "\n"):
+            library = compile(f'extern "C" __global__ void f(int* out) {{\n{body}}}\n')
+            library.launch("f", 1, 64, [np.zeros(64, np.int32)])
+    assert jobs.switch_off_each(launches[:1])[Site("kernel.cu", 3, "__syncthreads")].startswith("plain: other numbers")
+    assert jobs.switch_off_each(launches) == {Site("kernel.cu", 3, "__syncthreads"): None}
+    # a process that has run one library finds nothing wrong with another
+    assert jobs.run(launches, "thread").findings == []
+
+
+def test_a_source_can_name_itself():
+    library = compile('#line 1 "named.cu"\nextern "C" __global__ void f() {\n    __syncthreads();\n}\n')
+    assert library.unreached == [Site("named.cu", 2, "__syncthreads")]
+    library.launch("f", 1, 64, [])
+    assert library.sites == [Site("named.cu", 2, "__syncthreads")] and library.unreached == []
+
+
 def test_a_race_is_refused_before_anything_is_switched_off(library):
     with jobs.recording() as launches:
         library.launch("missing_barrier", 1, 64, [numbers(64), empty(64)])

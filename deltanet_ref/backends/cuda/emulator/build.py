@@ -7,7 +7,7 @@ A source is compiled once for each content: libraries are kept in the user's cac
 
 plain    -O2, to be launched here
 thread   ThreadSanitizer: races; run by jobs.py in a process of its own, as is
-address  AddressSanitizer and UndefinedBehaviorSanitizer: bounds, alignment, integer overflow
+address  AddressSanitizer and UndefinedBehaviorSanitizer: bounds, alignment, shifts, integer overflow
 """
 
 import ctypes
@@ -36,12 +36,15 @@ except ImportError:  # this folder also works by itself
 HERE = Path(__file__).parent
 HEADERS = ("fiber.h", "cuda.h", "cuda_bf16.h", "ptx.cuh", "library.h")  # what a library is compiled with
 COMMON = "-std=c++17 -w -fPIC -fno-strict-aliasing -fno-exceptions -fno-rtti -fno-gnu-unique -fvisibility=hidden"
+# fmaf is one instruction where the processor has it; no other products and sums are contracted
+NUMBERS = "-march=native -ffp-contract=off"
+# The rest of -fsanitize=undefined, and arrays used after their scope, would double the time to compile.
+SANITIZERS = "address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
 FLAGS = {
-    # fmaf is one instruction where the processor has it; no other products and sums are contracted
-    "plain": f"{COMMON} -O2 -march=native -ffp-contract=off",
-    "thread": f"{COMMON} -O1 -march=native -ffp-contract=off -g -fno-omit-frame-pointer -fsanitize=thread",
-    "address": f"{COMMON} -O1 -march=native -ffp-contract=off -g -fno-omit-frame-pointer -fsanitize=address,undefined "
-    "-fno-sanitize=vptr -fno-sanitize-recover=all",
+    "plain": f"{COMMON} {NUMBERS} -O2",
+    "thread": f"{COMMON} {NUMBERS} -O1 -g -fno-var-tracking -fno-omit-frame-pointer -fsanitize=thread",
+    "address": f"{COMMON} {NUMBERS} -O1 -g -fno-var-tracking -fno-omit-frame-pointer -fsanitize={SANITIZERS} "
+    "-fno-sanitize-address-use-after-scope -fno-sanitize-recover=all",
 }
 BUILDS = tuple(FLAGS)
 
@@ -77,10 +80,12 @@ def compile(
 
     macros  -D definitions
     build   "plain", "thread" or "address"
-    name    of the file, for messages and sites; a #line in the source wins
+    name    of the file, for messages and sites; the source may give it instead, in a first line #line 1 "reverse.cu"
 
     Raises InputError if there is no g++ or the source does not compile.
     """
+    if named := re.match(r'#line 1 "([^"\n]+)"\n', code):
+        name, code = named[1], code[named.end() :]
     macros = tuple(sorted((key, str(value)) for key, value in (macros or {}).items()))
     return _compiled(Source(code, tuple(map(str, include_dirs)), macros, name), build)
 

@@ -168,14 +168,6 @@ EMULATOR_QUIET static void acquire(void* object) {
 
 // ---- failure: the launch ends, its threads are abandoned
 
-// ThreadSanitizer ignores what the running thread does while `on`: functions of the C library.
-EMULATOR_QUIET static void ignore_thread(bool on) {
-#if EMULATOR_THREAD
-    on ? __tsan_ignore_thread_begin() : __tsan_ignore_thread_end();
-#endif
-    (void)on;
-}
-
 [[noreturn]] EMULATOR_QUIET static void fail(const char* format, ...) {
     ignore_thread(true);
     va_list list;
@@ -434,8 +426,7 @@ static char* arena;
 static size_t arena_used = ARENA_BYTES;
 
 EMULATOR_QUIET static char* allocate(size_t bytes, size_t) {  // aligned to 128 bytes
-    if (arena == nullptr) arena = static_cast<char*>(mmap(nullptr, ARENA_BYTES, PROT_READ | PROT_WRITE,
-                                                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (arena == nullptr) arena = map(ARENA_BYTES);
     char* memory = arena + arena_used;
     arena_used += (bytes + 127) / 128 * 128;
     poison(memory, bytes);
@@ -510,7 +501,7 @@ EMULATOR_QUIET static void check_row(const void* p, bool shared, const Place& pl
 
 EMULATOR_QUIET static void start_block(unsigned x, unsigned y, unsigned z, size_t shared_bytes) {
     const bool odd = EMULATOR_THREAD && serial % 2;
-    if (blocks[odd] == nullptr) blocks[odd] = static_cast<Block*>(calloc(1, sizeof(Block)));
+    if (blocks[odd] == nullptr) blocks[odd] = reinterpret_cast<Block*>(map(sizeof(Block)));  // zeros
     block = blocks[odd];
     begin_arena();
     blockIdx = {x, y, z};

@@ -155,7 +155,25 @@ static void switch_context(Context* save, Context load) {
 
 #endif
 
-// ---- stacks, kept for the next fiber. The page below each faults.
+// ThreadSanitizer ignores what the running thread does while `on`, in functions of the C library.
+EMULATOR_QUIET static void ignore_thread(bool on) {
+#if EMULATOR_THREAD
+    on ? __tsan_ignore_thread_begin() : __tsan_ignore_thread_end();
+#endif
+    (void)on;
+}
+
+// Memory of zeros. ThreadSanitizer would take its allocation for a write by the running thread.
+EMULATOR_QUIET static char* map(size_t bytes) {
+    ignore_thread(true);
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    ignore_thread(false);
+    if (memory != MAP_FAILED) return static_cast<char*>(memory);
+    fprintf(stderr, "emulator: no memory\n");
+    abort();
+}
+
+// ---- stacks, kept for the next fiber. The page below each faults, the description is in the page above.
 
 struct Stack {
     char* bottom = nullptr;
@@ -170,13 +188,10 @@ EMULATOR_QUIET static Stack* take_stack() {
     if (free_stacks == nullptr) {
         static unsigned made = 0;
         const size_t page = 4096, stagger = 64 * (5 * made++ % 61);  // else all stacks fall into the same lines of the cache
-        char* memory = static_cast<char*>(mmap(nullptr, STACK_BYTES + 2 * page, PROT_READ | PROT_WRITE,
-                                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-        if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) {
-            fprintf(stderr, "emulator: no memory for a stack\n");
-            abort();
-        }
-        free_stacks = new Stack{memory + page, STACK_BYTES + page - stagger, nullptr};
+        char* memory = map(STACK_BYTES + 2 * page);
+        mprotect(memory, page, PROT_NONE);
+        free_stacks = reinterpret_cast<Stack*>(memory + STACK_BYTES + 2 * page) - 1;
+        *free_stacks = Stack{memory + page, STACK_BYTES - stagger, nullptr};
     }
     Stack* stack = free_stacks;
     free_stacks = stack->next;

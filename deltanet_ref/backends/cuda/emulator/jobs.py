@@ -349,25 +349,29 @@ def switch_off_each(launches: Sequence[Launch], seeds: Sequence[int] = SEEDS) ->
             if outcome.digest != outcomes[0].digest:
                 raise KernelError(f"the results of {launch.name} depend on the order of threads (seed {seed}): a race")
     cheap_first = sorted(range(len(launches)), key=lambda i: by_launch[i][0].seconds)
-    reached = {}  # site -> numbers of launches
+    reached = {}  # site, and the source where its file is not a header -> numbers of launches
     for i in cheap_first:
+        source = launches[i].library.source
         for site in by_launch[i][0].sites:
-            reached.setdefault(site, []).append(i)
-    noticed = dict.fromkeys(sorted(reached))
+            reached.setdefault((site, source.code if site.file == source.name else ""), []).append(i)
+    noticed = dict.fromkeys(reached)
     for build in ("plain", "thread", "address"):
-        left = [site for site in noticed if noticed[site] is None]
+        left = [key for key in noticed if noticed[key] is None]
         orders = seeds if build == "plain" else seeds[:1]
         tasks = [
-            Task(launches[i], i, site, seed, group, by_launch[i][0].digest)
-            for group, site in enumerate(left)
-            for i in reached[site]
+            Task(launches[i], i, key[0], seed, group, by_launch[i][0].digest)
+            for group, key in enumerate(left)
+            for i in reached[key]
             for seed in orders
         ]
         if not tasks:
             break
         outcomes, _ = execute(tasks, build)
         for task, outcome in zip(tasks, outcomes):
-            if noticed[task.off] is None and outcome.state not in ("expected", "left out"):
+            if noticed[left[task.group]] is None and outcome.state not in ("expected", "left out"):
                 what = {"another": "other numbers", "reported": "data race"}.get(outcome.state, outcome.message)
-                noticed[task.off] = f"{build}: {what} in {task.launch.name}, seed {task.seed}"
-    return noticed
+                noticed[left[task.group]] = f"{build}: {what} in {task.launch.name}, seed {task.seed}"
+    by_site = {}  # one None of two sources with the same name is enough
+    for (site, _), what in sorted(noticed.items(), key=lambda item: (item[0][0], item[1] is None)):
+        by_site[site] = what
+    return by_site

@@ -161,7 +161,9 @@ EMULATOR_QUIET static void remember(void* to, const void* from) {
     emulator::Thread* me = emulator::current;
     if (me->copies_size == me->copies_capacity) {
         me->copies_capacity = me->copies_capacity == 0 ? 64 : 2 * me->copies_capacity;
+        emulator::ignore_thread(true);
         me->copies = static_cast<emulator::Copy*>(realloc(me->copies, me->copies_capacity * sizeof(emulator::Copy)));
+        emulator::ignore_thread(false);
     }
     me->copies[me->copies_size++] = {to, from, me->group};
 }
