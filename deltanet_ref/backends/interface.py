@@ -33,6 +33,7 @@ class StoredTensors(Protocol):
     def decodes(type, shape) -> bool: ...  # whether the products take such a tensor
     def resident(tensor): ...  # the same tensor with raw where the products read it: on the device
     def dequantize(raw, type, shape, dtype=np.float32) -> Array: ...  # any type that formats.quants decodes
+    def embedding_forward(tokens, tensor, dtype): ...  # the rows of a tensor by token, as ops.embedding_forward
     def linear_forward(x: Array, tensors: list) -> list: ...  # x w^T for each tensor w
     def linear_backward_input(dy: Array, tensor) -> Array: ...  # dy w
 

@@ -4,6 +4,7 @@ Inside, tokens are one row (1, T) with cu_seqlens: a batch becomes its sequences
 removed before anything is computed. Arrays live on the backend (NumPy arrays unless it says otherwise); tokens, labels,
 lengths and cu_seqlens are NumPy arrays.
 """
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -41,16 +42,16 @@ class ForwardCache(NamedTuple):
 
 
 class Same:
-    """An object as part of a key: equal to itself alone. It keeps the object, so that no other one gets its id."""
+    """An object as part of a key: equal to itself alone, and to nothing once it is gone. The key does not keep it."""
 
     def __init__(self, it):
-        self.it = it
+        self._it, self._hash = weakref.ref(it), id(it)
 
     def __eq__(self, other):
-        return isinstance(other, Same) and self.it is other.it
+        return isinstance(other, Same) and self._it() is other._it() is not None
 
     def __hash__(self):
-        return id(self.it)
+        return self._hash
 
 
 class HeadRows:
@@ -194,11 +195,7 @@ class Qwen35:
         return h, ForwardCache(blocks, norm, options)
 
     def _embed(self, tokens):
-        table = self.weights.dense("token_embd.weight")
-        if table is None:                                                  # decode only the rows that are used
-            used, tokens_in = np.unique(tokens, return_inverse=True)
-            table, tokens = self.weights.rows("token_embd.weight", used), tokens_in.reshape(tokens.shape)
-        h = self.backend.embedding_forward(tokens, table)
+        h = self.weights.embedding_forward("token_embd.weight", tokens)
         self._observe("embed", h)
         return h
 

@@ -87,10 +87,16 @@ class Weights(Mapping):
             self._kept[name] = self._decode(name, tensor.raw, tensor.shape)
         return self._kept[name]
 
-    def dense(self, name: str):
-        """w[name] if it is there as an array, or None: it would have to be decoded."""
-        there = not self._is_stored(name) or self._kept.get(name) is not None
-        return self[name] if there else None
+    def embedding_forward(self, name: str, tokens):
+        """w[name][tokens]: tokens int (...) -> (..., D). Decodes only the rows that are used, or reads them where the
+        tensor is kept as an array."""
+        if not self._is_stored(name) or self._kept.get(name) is not None:
+            return self.backend.embedding_forward(tokens, self[name])
+        if self._decodes(name):
+            self._check(name)
+            return self.backend.stored.embedding_forward(tokens, self._on_backend(name), self.dtype)
+        used, index = np.unique(tokens, return_inverse=True)
+        return self.backend.embedding_forward(index.reshape(tokens.shape), self.rows(name, used))
 
     def rows(self, name: str, ids):
         """w[name][ids], (n, D) for int ids (n,) or a slice.

@@ -9,7 +9,7 @@ import pytest
 from deltanet_ref.backends.cuda import arena, stand_in as cp
 from deltanet_ref.backends.cuda.arena import Allocation, Arena, peak, plan, recording
 from deltanet_ref.backends.cuda.device import Device
-from deltanet_ref.backends.cuda.graph import Steps
+from deltanet_ref.backends.cuda.graph import Graph, Steps
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_graph_computes_what_the_step_computes(device):
         kept.append((grads["h"], want[1]["h"].get()))
     for grads, want in kept:  # results are the caller's: later launches do not change them
         np.testing.assert_array_equal(grads.get(), want)
-    assert steps._ready["shape"] is not None and not steps.refused
+    assert isinstance(steps._shapes["shape"], Graph)
     weights *= 2.0  # in place: the graph reads the new values
     want = step(**inputs(9))[1]["h"].get()
     np.testing.assert_array_equal(steps.run("shape", inputs(9), step)[1]["h"].get(), want)
@@ -126,7 +126,7 @@ def test_what_depends_on_the_inputs_in_another_way_does_not_become_a_graph(devic
     for seed in (0, 1, 2):
         want = step(**inputs(seed))[1]["h"].get()
         np.testing.assert_array_equal(steps.run("shape", inputs(seed), step)[1]["h"].get(), want)
-    assert "shape" in steps.refused and steps._ready["shape"] is None
+    assert steps.refused == [steps._shapes["shape"]]
 
 
 def test_a_failing_capture_leaves_the_stream_usable(device):
@@ -159,4 +159,14 @@ def test_only_the_most_recent_graphs_are_kept(device):
     for T in (5, 6, 7, 5):
         for _ in range(2):
             steps.run(T, inputs(0, T), step)
-    assert list(steps._ready) == [7, 5]
+    assert list(steps._shapes) == [7, 5]
+
+
+def test_a_shape_that_needs_more_memory_replaces_the_block_of_all(device):
+    """The graphs in the old block are captured again: their numbers stay right."""
+    steps, step = Steps(device), make_step(device, device.upload(WEIGHTS))
+    for T in (6, 600, 6, 6, 600):
+        for _ in range(2):
+            want = step(**inputs(T, T))[1]["h"].get()
+            np.testing.assert_array_equal(steps.run(T, inputs(T, T), step)[1]["h"].get(), want)
+    assert steps._shapes[6]._arena.memory is steps._shapes[600]._arena.memory

@@ -53,7 +53,7 @@ def test_linear_maps_equal_ops(device, draw, shape):
 
 @pytest.mark.parametrize("transpose_a", [False, True])
 @pytest.mark.parametrize("transpose_b", [False, True])
-@pytest.mark.parametrize("view", ["whole", "slice", "transposed", "every second"])
+@pytest.mark.parametrize("view", ["whole", "slice", "transposed", "every second", "reversed"])
 def test_products_of_views(device, draw, transpose_a, transpose_b, view):
     m, k, n = 5, 7, 3
     operands, exact = [], []
@@ -65,6 +65,8 @@ def test_products_of_views(device, draw, transpose_a, transpose_b, view):
             whole = [x.T for x in draw(columns, rows)]
         elif view == "every second":
             whole = [x[::2, ::2] for x in draw(2 * rows, 2 * columns)]
+        elif view == "reversed":
+            whole = [x[::-1] for x in draw(rows, columns)]
         else:
             whole = draw(rows, columns)
         operands.append(whole[0])
@@ -112,6 +114,7 @@ def test_lora_equals_ops(device, draw):
 def test_products_are_captured_with_a_workspace_of_ours(device):
     """The workspace is set after the stream, before anything is captured; CuPy's own product is refused."""
     a = device.upload(np.eye(3, dtype=np.float32))
+    device.matmul(a, a)  # on the default stream
     stream = stand_in.cuda.Stream(non_blocking=True)
     with stream:
         device.matmul(a, a)

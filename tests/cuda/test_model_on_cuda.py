@@ -16,6 +16,7 @@ import deltanet_ref as dr
 from deltanet_ref import backends, ops
 from deltanet_ref.backends import cuda, interface
 from deltanet_ref.backends.cuda import stand_in
+from deltanet_ref.backends.cuda.graph import Graph
 from deltanet_ref.cli.main import main
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats.gguf import read_gguf
@@ -133,11 +134,11 @@ def test_a_replayed_step_has_the_bits_of_the_step(backend, dtype, monkeypatch):
         assert loss == want_loss and set(grads) == set(want)
         for name in want:
             np.testing.assert_array_equal(grads[name].get(), want[name].get(), err_msg=name)
-    (graph,) = steps._ready.values()
-    assert graph is not None and not steps.refused
+    (graph,) = steps._shapes.values()
+    assert isinstance(graph, Graph)
     monkeypatch.setattr(backend, "run_step", steps.run)  # another shape is another step
     model.loss_and_grads(IDS[:, :5], IDS[:, :5], wrt="lora")
-    assert len(steps._ready) == 2
+    assert len(steps._shapes) == 2
 
 
 @both_dtypes
@@ -182,11 +183,17 @@ def test_generation_chooses_the_tokens_of_ops(backend, dtype):
 @both_dtypes
 @pytest.mark.parametrize("mode", ["mapped", "expanded"])
 def test_a_quantised_model_computes_with_its_decoded_weights(backend, dtype, mode):
-    """mapped: bytes stay quantised on the card; both give the same bits, and the loss of ops."""
+    """mapped: bytes stay quantised on the card, also those of the embedding; and its steps become graphs."""
     file = read_gguf(FIXTURES / QUANTISED)
     model = Qwen35(*weights_from_gguf(file, dtype, backend, mode)[:2])
     attach(model)
+    steps = backend.run_step.__self__
+    known = set(steps._shapes)
     loss, grads = model.loss_and_grads(IDS, LABELS, cu_seqlens=CU_SEQLENS, wrt="lora")
+    again, replayed = model.loss_and_grads(IDS, LABELS, cu_seqlens=CU_SEQLENS, wrt="lora")  # captured
+    (key,) = set(steps._shapes) - known
+    assert isinstance(steps._shapes[key], Graph), steps.refused
+    assert again == loss and all((replayed[name].get() == grads[name].get()).all() for name in grads)
     exact = load(ops, "float64", QUANTISED, rounded=dtype == "bfloat16")
     attach(exact)
     want, want_grads = exact.loss_and_grads(IDS, LABELS, cu_seqlens=CU_SEQLENS, wrt="lora")

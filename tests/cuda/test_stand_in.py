@@ -100,6 +100,13 @@ def test_fresh_memory_is_poisoned(device):
     assert (device.empty(3, np.int32).get() == -1).all()
 
 
+def test_strided_views_stay_within_the_memory_of_their_array(x):
+    rows = cp.lib.stride_tricks.as_strided(x[:, 1:3], (10,), (4,))
+    np.testing.assert_array_equal(rows.get(), HOST.reshape(-1)[1:11])
+    with pytest.raises(ValueError, match="leaves the memory"):
+        cp.lib.stride_tricks.as_strided(x[:, 1:3], (12,), (4,))
+
+
 # ---- kernels
 
 SCALE = """

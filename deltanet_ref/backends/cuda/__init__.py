@@ -22,6 +22,7 @@ from deltanet_ref.backends.cuda import quants
 from deltanet_ref.backends.cuda.arena import peak, recording
 from deltanet_ref.backends.cuda.device import Device
 from deltanet_ref.backends.cuda.graph import Steps
+from deltanet_ref.backends.cuda.stored_embedding import stored_embedding_forward
 from deltanet_ref.errors import InputError
 
 # module -> the operators in it
@@ -59,11 +60,18 @@ def backend_of(device: Device, name: str, description: str) -> SimpleNamespace:
         dtypes={"float32": np.dtype(np.float32), "bfloat16": device.bf16},
         device=description,
         set_threads=None,
-        stored=quants.stored(device),
+        stored=stored(device),
         delta_layer_step=None,
         memory_of=functools.partial(memory_of, device),
         run_step=Steps(device).run,
     )
+
+
+def stored(device):
+    """The capability of this name, complete."""
+    capability = quants.stored(device)
+    capability.embedding_forward = functools.partial(stored_embedding_forward, device)
+    return capability
 
 
 def to_host(device, x):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deltanet_ref.backends.cuda.layout import real as real_of, wide
 from deltanet_ref.errors import InputError
 from deltanet_ref.ops.gated_delta_rule.arguments import checked
 from deltanet_ref.ops.gated_delta_rule.chunk import chunk_counts
@@ -78,15 +79,16 @@ def gated_delta_rule_forward(
     chunk_counts(boundaries, chunk_size)
     B, L, _, d_k = k.shape
     d_v = v.shape[3]
-    real = _real(device, q, k, v)
+    real = real_of(device, q, k, v)
+    wide(device, g, beta, S0)
     shapes = _shapes(device, real, k.shape, v.shape, scale, head_order, boundaries)
     arguments = (
-        _padded(device, q, (shapes.d_k,), real),
-        _padded(device, k, (shapes.d_k,), real),
-        _padded(device, v, (shapes.d_v,), real),
-        device.contiguous(_float32(g, "g")),
-        device.contiguous(_float32(beta, "beta")),
-        None if S0 is None else _padded(device, _float32(S0, "S0"), (shapes.d_k, shapes.d_v), np.float32),
+        _padded(device, q, (shapes.d_k,)),
+        _padded(device, k, (shapes.d_k,)),
+        _padded(device, v, (shapes.d_v,)),
+        device.contiguous(g),
+        device.contiguous(beta),
+        None if S0 is None else _padded(device, S0, (shapes.d_k, shapes.d_v)),
     )
     cache = DeltaRuleCache(shapes, *arguments, (B, L, d_k, d_v))
     P, T, gates = _triangles(device, cache)
@@ -107,10 +109,11 @@ def gated_delta_rule_backward(device, do, dS_end, cache):
     state_shape = (shapes.sequences, shapes.H_v, d_k, d_v)
     if dS_end is not None and dS_end.shape != state_shape:
         raise InputError(f"dS_end has shape {dS_end.shape}; it must be that of S_end, {state_shape}")
-    real, heads = shapes.real, (shapes.chunks, shapes.H_v)
-    do = _padded(device, do, (shapes.d_v,), real)
+    real, heads = real_of(device, do, q), (shapes.chunks, shapes.H_v)
+    wide(device, dS_end)
+    do = _padded(device, do, (shapes.d_v,))
     if dS_end is not None:
-        dS_end = _padded(device, _float32(dS_end, "dS_end"), (shapes.d_k, shapes.d_v), np.float32)
+        dS_end = _padded(device, dS_end, (shapes.d_k, shapes.d_v))
     # the forward's steps that backward needs
     P, T, gates = _triangles(device, cache)
     V_new, states = device.empty(v.shape, real), device.empty((*heads, shapes.d_v, shapes.d_k), real)
@@ -150,9 +153,10 @@ def gated_delta_rule_step(device, q, k, v, *, g, beta, S, scale=None, head_order
         cu_seqlens=None,
     )  # fmt: skip
     (B, H_k, d_k), (H_v, d_v) = k.shape, v.shape[1:]
-    real = _real(device, q, k, v)
+    real = real_of(device, q, k, v)
+    wide(device, g, beta, S)
     o, S_new = device.empty(v.shape, real), device.empty(S.shape, np.float32)
-    arrays = (device.contiguous(x) for x in (q, k, v, _float32(g, "g"), _float32(beta, "beta"), _float32(S, "S")))
+    arrays = map(device.contiguous, (q, k, v, g, beta, S))
     device.launch(
         device.kernel("delta_rule_step", "delta_rule_step", REAL=real), (-(-d_v // 32), H_v, B), 256,
         *arrays, H_k, H_v, d_k, d_v, head_order == "tiled", float(d_k**-0.5 if scale is None else scale), o, S_new,
@@ -216,28 +220,11 @@ def _shapes(device, real, k_shape, v_shape, scale, head_order, boundaries):
     )  # fmt: skip
 
 
-def _real(device, *arrays):
-    """The dtype that q, k and v share."""
-    dtypes = {np.dtype(x.dtype) for x in arrays}
-    if len(dtypes) > 1 or not dtypes <= {np.dtype(np.float32), device.bf16}:
-        names = ", ".join(str(x.dtype) for x in arrays)
-        raise InputError(f"q, k, v are {names}; all three must be float32 or all three bfloat16")
-    return dtypes.pop()
-
-
-def _float32(x, name):
-    if x.dtype != np.float32:
-        raise InputError(f"{name} is {x.dtype}; gates and states are float32 whatever the type of q, k, v")
-    return x
-
-
-def _padded(device, x, sizes, dtype):
+def _padded(device, x, sizes):
     """x in C order, its last axes enlarged to sizes with zeros."""
-    if x.dtype != dtype:
-        raise InputError(f"an array is {x.dtype} where {np.dtype(dtype)} is needed")
     if x.shape[-len(sizes) :] == sizes:
         return device.contiguous(x)
-    y = device.zeros((*x.shape[: -len(sizes)], *sizes), dtype)
+    y = device.zeros((*x.shape[: -len(sizes)], *sizes), x.dtype)
     y[(..., *map(slice, x.shape[-len(sizes) :]))] = x
     return y
 

@@ -139,17 +139,20 @@ class Steps:
     All graphs share one block of memory, since only one runs at a time and its results are copied. A shape that needs a
     larger block replaces it, and the other graphs are captured again when their shapes come next.
 
-    most     graphs that are kept; the one that was not used for the longest time goes first
-    refused  key -> why the step cannot be a graph; it is run as it is
+    most  shapes that are remembered; the one that was not used for the longest time goes first
     """
 
     def __init__(self, device, graphs: bool = True, most: int = 8):
         """graphs=False: every step is run as it is, for debugging."""
         self.device, self.graphs, self.most = device, graphs, most
         self._stream = device.xp.cuda.Stream(non_blocking=True) if graphs else None
-        self._ready: dict[Hashable, Graph | None] = {}  # None: its shape has been run once
+        self._shapes: dict[Hashable, Graph | str | None] = {}  # None: seen once. str: why it cannot be a graph
         self._memory, self._size = None, 0
-        self.refused: dict[Hashable, str] = {}
+
+    @property
+    def refused(self) -> list[str]:
+        """Why steps of some shapes are run as they are."""
+        return [found for found in self._shapes.values() if isinstance(found, str)]
 
     def run(self, key, inputs, step):
         """step(**inputs). key: everything besides the numbers in inputs that the step depends on, their shapes too."""
@@ -164,20 +167,21 @@ class Steps:
     def _block(self, size):
         """MemoryPointer of at least this size, shared by all graphs."""
         if size > self._size:
-            self._ready = dict.fromkeys(self._ready)
+            for key, found in self._shapes.items():
+                self._shapes[key] = None if isinstance(found, Graph) else found
             self._memory = None  # freed before the new one is allocated
             self._memory, self._size = self.device.xp.cuda.alloc(size), size
         return self._memory
 
     def _run(self, key, inputs, step):
-        first = key not in self._ready
-        graph = self._ready.pop(key, None)
-        if graph is None and not first and key not in self.refused:
+        new = key not in self._shapes
+        found = self._shapes.pop(key, None)
+        if found is None and not new:
             try:
-                graph = Graph(self.device, inputs, step, self._block)
+                found = Graph(self.device, inputs, step, self._block)
             except NotRepeatable as error:
-                self.refused[key] = str(error)
-        self._ready[key] = graph
-        while len(self._ready) > self.most:
-            del self._ready[next(iter(self._ready))]
-        return step(**inputs) if graph is None else graph.launch(inputs)
+                found = str(error)
+        self._shapes[key] = found
+        while len(self._shapes) > self.most:
+            del self._shapes[next(iter(self._shapes))]
+        return found.launch(inputs) if isinstance(found, Graph) else step(**inputs)

@@ -42,11 +42,14 @@ class Memory:
 
     blocks: "weakref.WeakSet[Memory]" = weakref.WeakSet()  # those that exist
     total = 1 << 40  # bytes of memory of the device
+    poisoned = True  # False: fresh memory is not written, so that the system need not provide it
 
     def __init__(self, size: int):
         if size > self.free():
             raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes")
-        raw = np.full(size + ALIGNMENT, POISON, np.uint8)
+        raw = np.empty(size + ALIGNMENT, np.uint8)
+        if self.poisoned:
+            raw.fill(POISON)
         start = -raw.ctypes.data % ALIGNMENT
         self.size, self.bytes = size, raw[start : start + size]
         self.ptr = self.bytes.ctypes.data
@@ -375,6 +378,10 @@ class ndarray:
             return ndarray(shaped, self._mem)
         return ascontiguousarray(self).reshape(*shape)
 
+    def view(self, dtype):
+        """The same bytes in another dtype."""
+        return ndarray(self._host.view(dtype), self._mem)
+
     def __getitem__(self, index):
         index = _unwrapped_index(index)
         if _is_basic(index):
@@ -576,6 +583,18 @@ def concatenate(arrays, axis=0) -> ndarray:
     if len(arrays) > 8:
         _refuse_in_capture("more than 8 arrays are concatenated, for which CuPy uploads a table of addresses,")
     return _computed(lambda *parts: np.concatenate(parts, axis), *arrays)
+
+
+def _as_strided(x, shape, strides) -> ndarray:
+    """A view with this shape and these strides in bytes, as CuPy's; it must lie in the memory of x."""
+    view = np.lib.stride_tricks.as_strided(x._host, shape, strides)
+    low, high = np.lib.array_utils.byte_bounds(view)
+    if low < x._mem.ptr or high > x._mem.ptr + x._mem.size:
+        raise ValueError(f"a view {shape} with strides {strides} leaves the memory of its array")
+    return ndarray(view, x._mem)
+
+
+lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
 
 
 def _elementwise(name):

@@ -49,6 +49,7 @@ from deltanet_ref.backends.numba_cpu.quants import (
     FEW,
     decodes,
     dequantize,
+    stored_embedding_forward,
     stored_linear_backward_input,
     stored_linear_forward,
 )
@@ -60,4 +61,5 @@ from deltanet_ref.ops import dtypes, embedding_backward, embedding_forward, rope
 keep_freed_memory()
 name, device, memory_of, run_step = "numba", None, None, None
 stored = SimpleNamespace(few_rows=FEW, decodes=decodes, resident=lambda tensor: tensor, dequantize=dequantize,
-                         linear_forward=stored_linear_forward, linear_backward_input=stored_linear_backward_input)
+                         embedding_forward=stored_embedding_forward, linear_forward=stored_linear_forward,
+                         linear_backward_input=stored_linear_backward_input)

@@ -47,6 +47,7 @@ from deltanet_ref.backends.numba_cpu.vectors import (
 )
 from deltanet_ref.errors import InputError
 from deltanet_ref.formats import quants
+from deltanet_ref.ops import embedding_forward
 
 FEW = 16                      # rows of x; from 24 on a matrix product is faster
 DECODED_BYTES = 1 << 18       # stored bytes that a task decodes: 60 us
@@ -263,6 +264,14 @@ def stored_linear_forward(x, tensors):
             for part, w in panels(tensor):
                 product(rows, w.T, y[:, part])
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
+
+
+def stored_embedding_forward(tokens, tensor, dtype):
+    """w[tokens] of a stored tensor w (V, D): tokens int (...) -> (..., D). Each row that is used is decoded once."""
+    used, index = np.unique(tokens, return_inverse=True)
+    raw = quants.rows(tensor.raw, tensor.type, tensor.shape, used)
+    return embedding_forward(index.reshape(tokens.shape),
+                             dequantize(raw, tensor.type, (len(used), tensor.shape[1]), dtype))
 
 
 def stored_linear_backward_input(dy, tensor):

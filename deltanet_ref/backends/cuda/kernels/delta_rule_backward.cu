@@ -56,7 +56,7 @@ __device__ __forceinline__ void each_of_state(Block (&dS)[D_K / 16], int d_v, in
 
 // X and dv (tokens, H_v, d_v); dstates (chunks, H_v, d_v, D_K): dS'^T, the gradient of the state that leaves each chunk.
 // dS_end may be null: zeros.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 delta_rule_state_gradients(const REAL* q, const REAL* k, const REAL* P_in, const REAL* T_in, const float* gates_in,
                            const REAL* dout, const float* dS_end, const int* cu_seqlens, const int* first_chunks, int H_k,
                            int H_v, int d_v, int tiled, float scale, REAL* X_out, REAL* dv, REAL* dstates, float* dS0) {
@@ -158,9 +158,10 @@ constexpr int CHUNK_THREADS = WARP * BLOCKS;  // a warp for 16 tokens
 constexpr int STEP = 32;                      // columns of a slice of anything
 
 // Start copying STEP columns from `column` on of a matrix with `width`, zeros beyond it and in rows that do not exist.
-__device__ __forceinline__ void copy_slice(Tile<REAL> tile, const REAL* global, long long row_stride, int rows, int filled,
+__device__ __forceinline__ void copy_slice(Tile<REAL> tile, const REAL* global, int row_stride, int rows, int filled,
                                            int column, int width) {
     constexpr int PIECES = STEP / PIECE<REAL>;
+#pragma unroll 4
     for (int i = threadIdx.x; i < rows * PIECES; i += CHUNK_THREADS) {
         const int row = i / PIECES, c = i % PIECES * PIECE<REAL>;
         const bool valid = row < filled && column + c < width;
@@ -178,7 +179,7 @@ __device__ __forceinline__ void store_row_sums(const float (&sums)[2], float* te
 }
 
 // dg, dbeta (tokens, H_v); dq, dk (tokens, H_v, D_K) of each value head.
-extern "C" __global__ void __launch_bounds__(CHUNK_THREADS)
+extern "C" __global__ void __launch_bounds__(CHUNK_THREADS, 256 / CHUNK_THREADS)
 delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* dout, const REAL* V_new, const REAL* X,
                      const REAL* states, const REAL* dstates, const float* gates_in, const int* cu_seqlens,
                      const int* first_chunks, int H_k, int H_v, int d_v, int tiled, float scale, REAL* dq, REAL* dk,
@@ -231,7 +232,7 @@ delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* do
         copy_keys(Q_m, Q, m);
         copy_keys(K_m, K, m);
         arrive();
-#pragma unroll
+#pragma unroll 1
         for (int c = 0; c < STEP; c += 16) {
             const Left<REAL> q_c = left_rows(Q_m, own, c), k_c = left_rows(K_m, own, c);
 #pragma unroll
@@ -251,7 +252,7 @@ delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* do
         copy_values(V_new_m, V_new, m);
         copy_values(V_m, v, m);
         arrive();
-#pragma unroll
+#pragma unroll 1
         for (int c = 0; c < STEP; c += 16) {
             const Left<REAL> dO_c = left_rows(dO_m, own, c), X_c = left_rows(X_m, own, c);
 #pragma unroll
@@ -321,7 +322,7 @@ delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* do
             copy_slice(dS_m, dstates + state + m * D_K, D_K, STEP, d_v - m, s, D_K);
             arrive();
             // dO S^T, X S^T, V_new dS'^T                                                        [chunk.6, wy.7, chunk.8]
-#pragma unroll
+#pragma unroll 1
             for (int c = 0; c < STEP; c += 16) {
                 const Left<REAL> dO_c = left_rows(dO_m, own, c), X_c = left_rows(X_m, own, c);
                 const Left<REAL> V_new_c = left_rows(V_new_m, own, c);
@@ -354,7 +355,7 @@ delta_rule_gradients(const REAL* q, const REAL* k, const REAL* v, const REAL* do
                     dK[n].x[half][e] = fmaf(-beta[i], X_S_i, dk_tail);
                 }
         // dQ += dQK K, dK += dQK^T Q + (dKK + dKK^T) K                                                   [chunk.7, wy.9]
-#pragma unroll
+#pragma unroll 1
         for (int j = 0; j < BLOCKS; ++j) {
             if (j <= warp) {
                 const Left<REAL> dQK_j = left_rows(dQK, own, 16 * j), dKK_j = left_rows(dKK, own, 16 * j);

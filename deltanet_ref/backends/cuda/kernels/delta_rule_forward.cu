@@ -126,26 +126,28 @@ delta_rule_triangles(const REAL* q, const REAL* k, const float* g, const float* 
         store_block(QK[n], P + 16 * warp * CHUNK + 16 * n, CHUNK, 16);
     }
 
-    // 4  T = (I + A)^-1, block column `warp`, from the diagonal down:                                        [wy.4]
-    //    T_ij = -T_ii sum_k A_ik T_kj for j <= k < i; as transposes, since T_kj^T is the left factor at hand
+    // 4  T = (I + A)^-1, block column j = `warp`, from the diagonal down:                                    [wy.4]
+    //    T_ij = -T_ii sum_m A_im T_mj for j <= m < i; as transposes, since T_mj^T is the left factor at hand
     __syncwarp();  // the warp's diagonal block of A is written
     invert_diagonal(A, 16 * warp, diagonal);
     __syncthreads();  // A and the inverses of its diagonal blocks are complete
-    Block T[BLOCKS];
-    clear(T);
     REAL* T_row = matrix_of(T_out, index, H_v, head, CHUNK * CHUNK) + 16 * warp * CHUNK;
+    for (int i = 0; i < warp; ++i) store_block(Block{}, T_row + 16 * i, CHUNK, 16);
+    Block T[BLOCKS];  // T[n] is T_ij^T for i = j + n
+    T[0] = transposed(diagonal, 16 * warp, 0);
+    store_block(T[0], T_row + 16 * warp, CHUNK, 16);
 #pragma unroll
-    for (int i = 0; i < BLOCKS; ++i) {
-        if (i == warp) T[i] = transposed(diagonal, 16 * i, 0);
-        if (i > warp) {
-            Block sum[1] = {};
+    for (int n = 1; n < BLOCKS; ++n) {
+        const int i = warp + n;
+        if (i < BLOCKS) {
+            Block sum{};
 #pragma unroll
-            for (int j = 0; j < i; ++j)
-                if (j >= warp) multiply(sum[0], left<float>(T[j]), right_rows(A, 16 * i, 16 * j));
-            multiply(T[i], left<float>(sum[0]), right_rows(diagonal, 16 * i, 0));
-            each(T[i], [](float& x, int, int) { x = -x; });
+            for (int m = 0; m < n; ++m) multiply(sum, left<float>(T[m]), right_rows(A, 16 * i, 16 * (warp + m)));
+            each(sum, [](float& x, int, int) { x = -x; });
+            T[n] = Block{};
+            multiply(T[n], left<float>(sum), right_rows(diagonal, 16 * i, 0));
+            store_block(T[n], T_row + 16 * i, CHUNK, 16);
         }
-        store_block(T[i], T_row + 16 * i, CHUNK, 16);
     }
 }
 
@@ -293,7 +295,7 @@ __device__ __forceinline__ void carry(const REAL* q, const REAL* k, const REAL* 
 }
 
 // S0 may be null: zeros.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 delta_rule_outputs(const REAL* q, const REAL* k, const REAL* v, const REAL* P, const REAL* T, const float* gates,
                    const float* S0, const int* cu_seqlens, const int* first_chunks, int H_k, int H_v, int d_v, int tiled,
                    float scale, REAL* o, float* S_end) {
@@ -302,7 +304,7 @@ delta_rule_outputs(const REAL* q, const REAL* k, const REAL* v, const REAL* P, c
 }
 
 // states (chunks, H_v, d_v, D_K): the transposed state entering each chunk.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 delta_rule_states(const REAL* k, const REAL* v, const REAL* T, const float* gates, const float* S0, const int* cu_seqlens,
                   const int* first_chunks, int H_k, int H_v, int d_v, int tiled, REAL* V_new, REAL* states) {
     extern __shared__ __align__(16) unsigned char shared[];

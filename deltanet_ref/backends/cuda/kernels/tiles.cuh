@@ -49,9 +49,10 @@ struct Carver {
 // Start copying `rows` rows of a global matrix, of which the first `filled` (at least one) exist; the others become
 // zeros. columns is a multiple of 8 and global is aligned to 16 bytes, as is each row.
 template <int THREADS, class T>
-__device__ __forceinline__ void copy_tile(Tile<T> tile, const T* global, long long row_stride, int rows, int filled,
+__device__ __forceinline__ void copy_tile(Tile<T> tile, const T* global, int row_stride, int rows, int filled,
                                           int columns) {
     const int pieces = columns / PIECE<T>;
+#pragma unroll 2
     for (int i = threadIdx.x; i < rows * pieces; i += THREADS) {
         const int row = i / pieces, column = i % pieces * PIECE<T>;
         const bool valid = row < filled;
@@ -101,7 +102,7 @@ __device__ __forceinline__ void put_transposed(const Block& block, Tile<T> tile,
 
 // Write the first `filled` rows of a block to a global matrix.
 template <class T>
-__device__ __forceinline__ void store_block(const Block& block, T* global, long long row_stride, int filled) {
+__device__ __forceinline__ void store_block(const Block& block, T* global, int row_stride, int filled) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -311,12 +312,13 @@ __device__ __forceinline__ void multiply_columns(Block (&d)[N], F factor, Tile<T
 // Write the transposes of blocks, columns own .. own + 15 of N * 16 rows, to a global matrix, of which `filled` rows
 // exist: through these columns of a tile, so that 16 bytes are written at once. No other warp may use them.
 template <class T, int N>
-__device__ __forceinline__ void store_rows(const Block (&x)[N], Tile<T> tile, int own, T* global, long long row_stride,
+__device__ __forceinline__ void store_rows(const Block (&x)[N], Tile<T> tile, int own, T* global, int row_stride,
                                            int filled) {
 #pragma unroll
     for (int n = 0; n < N; ++n) put_transposed(x[n], tile, 16 * n, own);
     __syncwarp();  // the warp's columns of the tile are written
     constexpr int PIECES = 16 / PIECE<T>;
+#pragma unroll 2
     for (int i = threadIdx.x % WARP; i < filled * PIECES; i += WARP) {
         const int row = i / PIECES, column = own + i % PIECES * PIECE<T>;
         store<PIECE<T>>(global + row * row_stride + column, load<PIECE<T>>(tile.at(row, column)));
