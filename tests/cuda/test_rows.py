@@ -19,7 +19,7 @@ import pytest
 
 from deltanet_ref import ops
 from deltanet_ref.backends import cuda
-from deltanet_ref.backends.cuda import causal_conv1d, gates, layout, norms, stand_in
+from deltanet_ref.backends.cuda import causal_conv1d, gates, layout, norms
 from deltanet_ref.backends.cuda.emulator import jobs
 from deltanet_ref.errors import InputError
 from tests.tolerances import STORED, assert_identical, assert_within, assert_within_floors, noise_floors, rounding
@@ -236,17 +236,6 @@ def test_norms_of_large_and_of_zero_rows(kernels):
 # ---- strided rows
 
 
-@pytest.fixture
-def in_place(monkeypatch):
-    """The stand-in with CuPy's as_strided, so that views of rows are read where they are."""
-
-    def as_strided(x, shape, strides):
-        return stand_in.ndarray(np.lib.stride_tricks.as_strided(x._host, shape, strides), x._mem)
-
-    module = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=as_strided))
-    monkeypatch.setattr(stand_in, "lib", module, raising=False)
-
-
 def views(device, shape, dtype):
     """Views with strides: their name, the view, and a copy in C order."""
     V = vector_of(dtype)
@@ -264,7 +253,7 @@ def views(device, shape, dtype):
 
 
 @every_dtype
-def test_views_give_the_bits_of_contiguous_arrays(kernels, in_place, dtype):
+def test_views_give_the_bits_of_contiguous_arrays(kernels, dtype):
     device, V = kernels.device, vector_of(dtype)
     shape = 2, 3, 5, 2 * V
     real = device.bf16 if dtype == "bfloat16" else np.dtype(np.float32)
@@ -294,7 +283,7 @@ def test_views_give_the_bits_of_contiguous_arrays(kernels, in_place, dtype):
                     assert_identical(f"{label}, {name}: {result}", g, w_)
 
 
-def test_slices_of_heads_and_features_are_not_copied(kernels, in_place):
+def test_slices_of_heads_and_features_are_not_copied(kernels):
     copied = set()
     for name, x, _ in views(kernels.device, (2, 3, 5, 8), "float32"):
         if layout.rows(kernels.device, x).memory.data.ptr != x.data.ptr:
@@ -479,19 +468,11 @@ def test_results_do_not_depend_on_the_order_of_threads_nor_leave_their_arrays(ke
     monkeypatch.setattr(gates, "PARTS", 2)
     with jobs.recording() as launches:
         RUNS[name].on_device(kernels, np.dtype(np.float32))
-    for of_source in by_source(launches):
-        for build in ("thread", "address"):
-            for found in jobs.run(of_source, build).findings:
-                pytest.fail(f"{build}: {found.kind} in {found.file}:{found.line}\n{found.text}")
-        unnoticed = [site for site, noticed in jobs.switch_off_each(of_source).items() if not noticed]
-        assert not unnoticed, f"not needed: {unnoticed}"
-
-
-def by_source(launches):
-    """Launches of one source each: ThreadSanitizer's process must not load a second one while identities of threads
-    are older than what that one allocates (it would report the allocation as a race)."""
-    return [[launch for launch in launches if launch.library is library]
-            for library in {id(launch.library): launch.library for launch in launches}.values()]  # fmt: skip
+    for build in ("thread", "address"):
+        for found in jobs.run(launches, build).findings:
+            pytest.fail(f"{build}: {found.kind} in {found.file}:{found.line}\n{found.text}")
+    unnoticed = [site for site, noticed in jobs.switch_off_each(launches).items() if not noticed]
+    assert not unnoticed, f"not needed: {unnoticed}"
 
 
 @every_operator

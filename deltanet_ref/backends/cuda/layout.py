@@ -63,8 +63,7 @@ def rows(device, x) -> Rows:
     """The rows of x (..., d). A view with one stride over tokens and one over heads is read in place."""
     d, heads = x.shape[-1], x.shape[-2] if x.ndim > 1 else 1
     count = x.size // d if d else 0
-    in_place = hasattr(device.xp, "lib")  # the stand-in has no as_strided
-    strides = _strides(x) if in_place and count and not x.flags.c_contiguous else None
+    strides = _strides(x) if count and not x.flags.c_contiguous else None
     if strides is None:
         return Rows(device.contiguous(x), count, d, max(heads, 1), heads * d, d)
     token_stride, head_stride = strides

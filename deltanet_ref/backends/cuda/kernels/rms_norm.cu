@@ -7,13 +7,16 @@
 // Floors   8192 tokens of the 0.8B shape in bfloat16, at 2.94 TB/s:
 //          plain, D = 1024                 forward   34 MB  11 us    backward   50 MB  17 us
 //          gated, 16 heads of d_v = 128    forward  101 MB  34 us    backward  168 MB  57 us
-//          about 12 flops an element, 30 where a sigmoid is taken: memory is the limit. The most registers, 128 in the
+//          about 12 flops an element, 30 where a sigmoid is taken: memory is the limit. The most registers, 126 in the
 //          plain backward at D = 1024, allow 16 warps with 8 accesses of 512 bytes each under way: 64 KB, where hiding
 //          700 ns of latency takes 16 KB on each of 132 multiprocessors.
 // Versions this one
 #include "rows.cuh"
 
 constexpr int WARPS = THREADS / WARP;
+
+// Two kernels have __launch_bounds__(THREADS, 1): without the 1, ptxas spills a register or two at some widths, to fit
+// one more block on a multiprocessor.
 
 struct Gradient {
     float dn[PACKS][VECTOR];  // of the normalised row n = x r
@@ -86,7 +89,7 @@ rms_norm_forward(const REAL* __restrict__ x, int heads, long long token_stride, 
 }
 
 // dy, dx (rows, d), x with strides, r (rows,); dw_parts (blocks, d), null without dw; shared: (GROUPS, d) floats if dw
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 rms_norm_backward(const REAL* __restrict__ dy, const REAL* __restrict__ x, int heads, long long token_stride,
                   long long head_stride, const float* __restrict__ r, const float* __restrict__ w, int rows, int d,
                   REAL* __restrict__ dx, float* __restrict__ dw_parts) {
@@ -126,7 +129,7 @@ rms_norm_backward(const REAL* __restrict__ dy, const REAL* __restrict__ x, int h
 // ---- gated
 
 // x, z (tokens, heads, d) with strides, rows = tokens heads; y (rows, d), r (rows,)
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gated_rms_norm_forward(const REAL* __restrict__ x, int heads, long long token_stride, long long head_stride,
                        const REAL* __restrict__ z, int z_heads, long long z_token_stride, long long z_head_stride,
                        const float* __restrict__ w, float eps, int rows, int d, REAL* __restrict__ y,
