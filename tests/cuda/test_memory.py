@@ -17,6 +17,7 @@ import deltanet_ref as dr
 from deltanet_ref.backends import cuda
 from deltanet_ref.backends.cuda import blas, stand_in
 from deltanet_ref.backends.cuda.arena import peak, plan, recording
+from deltanet_ref.backends.cuda.device import on_host
 from deltanet_ref.formats import quants
 from deltanet_ref.formats.gguf import GGUFTensor
 from deltanet_ref.model.qwen35 import Qwen35
@@ -35,9 +36,9 @@ LARGE = {
 class Dry(Listing):
     """No upload either."""
 
-    def upload(self, host_array, dtype=None, take=None):
-        host = np.asarray(host_array) if take is None else host_array[take]
-        return self.empty(host.shape, dtype or host.dtype)
+    def upload(self, host_array, dtype=None, make=None):
+        host = on_host(host_array, dtype, make)
+        return self.empty(host.shape, host.dtype)
 
 
 def quantised_model(backend, layers, sizes):
