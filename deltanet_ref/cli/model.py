@@ -22,9 +22,9 @@ def add_model_arguments(parser, backend: str = "auto") -> None:
     )
     parser.add_argument(
         "--dtype",
-        default="float32",
         metavar="NAME",
-        help="dtype of all computation: float32, float64 (CPU) or bfloat16 (GPU) (default float32)",
+        help="dtype of all computation: float32, float64 (CPU) or bfloat16 (GPU) (default: bfloat16 on a GPU, float32 "
+        "elsewhere)",
     )
     parser.add_argument(
         "--weights",
@@ -53,6 +53,8 @@ def load(args):
     limit_threads(args.threads, args.backend)
     import deltanet_ref as dr
 
+    if args.dtype is None:
+        args.dtype = "bfloat16" if dr.get_backend(args.backend).device else "float32"
     model = dr.load_model(args.model, backend=args.backend, dtype=args.dtype, weights=args.weights)
     print_notes(model.notes)
     for spec in getattr(args, "adapter", []):

@@ -150,7 +150,7 @@ def trace(model, tokens, backward=False, name="", version=""):
             record(f"d.{tensor}", gradient)
     else:
         loss = twin.loss(row, row)
-    h = model.backend.xp.asarray(found["output_norm"])
+    h = model.backend.xp.asarray(found["output_norm"].astype(model.dtype))
     logits = model.backend.to_host(model.backend.linear_forward(h, model.weights[model.head]))
     record("logits", logits)
     record("loss", np.asarray(loss, model.weights.wide_dtype))

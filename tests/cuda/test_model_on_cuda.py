@@ -22,6 +22,8 @@ from deltanet_ref.errors import InputError
 from deltanet_ref.formats.gguf import read_gguf
 from deltanet_ref.model.load import weights_from_gguf
 from deltanet_ref.model.qwen35 import Qwen35
+from deltanet_ref.oracle.diff import diff_traces
+from deltanet_ref.oracle.trace import trace
 from deltanet_ref.train.batches import Example
 from tests.cuda.rounding import bfloat16_floors
 from tests.paths import FIXTURES
@@ -278,3 +280,23 @@ def test_out_of_memory_says_what_would_have_fitted(backend, monkeypatch, share):
         model.loss_and_grads(ids[:, :n], ids[:, :n], wrt="lora", keep=keep)
     with pytest.raises(MemoryError):
         model.loss_and_grads(ids[:, : fitting + 32], ids[:, : fitting + 32], wrt="lora", keep="products")
+
+
+@both_dtypes
+def test_a_trace_has_no_divergence_from_that_of_ops(backend, dtype):
+    """Forward and backward, every stage of every layer, within what diff allows for the dtype. Gradients of parameters
+    may be small by cancellation: they are judged by noise floors above."""
+    tokens = IDS[0, :70]
+    models = load(backend, dtype), load(ops, "float64", rounded=dtype == "bfloat16")
+    ours, definition = (trace(model, tokens, backward=True) for model in models)
+    rows = [row for row in diff_traces(definition, ours).rows if row.meaning != "gradient of the parameter"]
+    assert [row for row in rows if row.status != "ok"] == [] and len(rows) > 100
+    assert ours.dtype == dtype and len(ours.tensors) == len(definition.tensors)
+
+
+def test_the_command_line_computes_in_bfloat16_on_a_device_unless_told(capsys, tmp_path):
+    model = str(FIXTURES / MODEL)
+    for options, dtype in (([], "bfloat16"), (["--dtype", "float32"], "float32")):
+        command = ["trace", model, "--tokens", "3,1,4,1,5", "--backend", "cuda-emulated", "-o", str(tmp_path / f"{dtype}.safetensors")]
+        assert main([*command, *options]) == 0
+        assert f", {dtype}, loss" in capsys.readouterr().out
