@@ -55,6 +55,7 @@ class Backend(Protocol):
     stored: StoredTensors | None  # None: formats.quants decodes a tensor, linear_* multiply it
     delta_layer_step: Callable | None  # one token of a delta layer between projections. None: the operators
     memory_of: Callable | None  # what a step needs and could have. None: not known
+    held_memory: Callable | None  # the most that was held on the device. None: the memory is the process's
     run_step: Callable | None  # runs a training step, again and again. None: the step is called
     clipped_adamw_update: Callable | None  # norm, clipping and AdamW of one array. None: train.adamw computes them
 
@@ -113,6 +114,10 @@ def _memory_of(step):
     """(the most bytes that step() needs at one time, the bytes that are free for it)."""
 
 
+def _held_memory():
+    """The bytes that this process has held on the device at one time, at most."""
+
+
 def _run_step(key, inputs, other, step):
     """step(**inputs), which returns tuples and lists of arrays and of dicts of them; possibly recorded and replayed.
 
@@ -136,6 +141,7 @@ OPTIONAL = {
     "stored": StoredTensors,
     "delta_layer_step": _delta_layer_step,
     "memory_of": _memory_of,
+    "held_memory": _held_memory,
     "run_step": _run_step,
     "clipped_adamw_update": _clipped_adamw_update,
 }

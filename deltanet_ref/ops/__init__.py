@@ -35,7 +35,7 @@ from deltanet_ref.ops.swiglu import swiglu_backward, swiglu_forward
 name, xp = "numpy", np
 dtypes = {name: np.dtype(name) for name in ("float32", "float64")}
 # optional capabilities that it lacks
-device = set_threads = stored = delta_layer_step = memory_of = run_step = clipped_adamw_update = None
+device = set_threads = stored = delta_layer_step = memory_of = held_memory = run_step = clipped_adamw_update = None
 
 
 def to_host(x):

@@ -176,6 +176,8 @@ def run(
         )
     if len(history.losses) > 1:
         peaks["later steps"] = peak_memory()
+    if model.backend.held_memory is not None:
+        peaks["on the device"] = model.backend.held_memory()
     return TrainReport(
         losses=history.losses,
         val_losses=[(e.iteration, e.loss) for e in history.evaluations],

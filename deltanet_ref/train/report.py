@@ -29,7 +29,7 @@ def format_trainable(trained: int, total: int) -> str:
 
 
 def format_peaks(peaks: dict[str, int]) -> str:
-    """Peak memory: load 0.61 GB, first step 1.42 GB, later steps 1.31 GB"""
+    """Peak memory: load 0.61 GB, first step 1.42 GB, later steps 1.31 GB; with a GPU also what it held"""
     return "Peak memory: " + ", ".join(f"{phase} {peak / 1e9:.2f} GB" for phase, peak in peaks.items())
 
 
@@ -52,7 +52,7 @@ class TrainReport:
     trained_tokens: int  # tokens with a label
     seconds: float  # in training steps, without validation
     tokens_per_second: float
-    peak_memory: dict  # phase -> bytes: load, first step (includes compiling kernels), later steps
+    peak_memory: dict  # phase -> bytes: load, first step (includes compiling kernels), later steps; on the device
     trainable_parameters: int
     total_parameters: int
     interrupted: bool  # Ctrl-C ended it early

@@ -166,6 +166,7 @@ def test_three_training_steps_have_the_losses_of_ops(backend, dtype):
     for model in (load(backend, dtype), load(ops, "float64", rounded=dtype == "bfloat16")):
         adapter = attach(model)
         report = dr.train(model, adapter, examples, steps=3, batch_size=3, lr=1e-2, weight_decay=0.1, clip=0.5)
+        assert ("on the device" in report.peak_memory) == (model.backend is backend)
         losses.append(np.array(report.losses))
     assert losses[1][0] - losses[1][-1] > 0.05
     limit = {"float32": 1e-4, "bfloat16": 2e-2}[dtype] * (losses[1][0] - losses[1][-1])
@@ -297,6 +298,15 @@ def test_a_trace_has_no_divergence_from_that_of_ops(backend, dtype):
 def test_the_command_line_computes_in_bfloat16_on_a_device_unless_told(capsys, tmp_path):
     model = str(FIXTURES / MODEL)
     for options, dtype in (([], "bfloat16"), (["--dtype", "float32"], "float32")):
-        command = ["trace", model, "--tokens", "3,1,4,1,5", "--backend", "cuda-emulated", "-o", str(tmp_path / f"{dtype}.safetensors")]
+        command = [
+            "trace",
+            model,
+            "--tokens",
+            "3,1,4,1,5",
+            "--backend",
+            "cuda-emulated",
+            "-o",
+            str(tmp_path / f"{dtype}.safetensors"),
+        ]
         assert main([*command, *options]) == 0
         assert f", {dtype}, loss" in capsys.readouterr().out

@@ -64,6 +64,7 @@ def backend_of(device: Device, name: str, description: str) -> SimpleNamespace:
         stored=stored(device),
         delta_layer_step=None,
         memory_of=functools.partial(memory_of, device),
+        held_memory=device.held_memory,
         run_step=Steps(device).run,
         clipped_adamw_update=functools.partial(clipped_adamw_update, device),
     )

@@ -78,6 +78,10 @@ class Device:
         self.xp.get_default_memory_pool().free_all_blocks()
         return self.xp.cuda.runtime.memGetInfo()[0]
 
+    def held_memory(self) -> int:
+        """Bytes that the pool has taken from the device, at most: it returns none unless memory runs out."""
+        return self.xp.get_default_memory_pool().total_bytes()
+
     # ---- matrix products
 
     @functools.cached_property

@@ -59,7 +59,7 @@ from deltanet_ref.backends.numba_cpu.threads import set_threads
 from deltanet_ref.ops import dtypes, embedding_backward, embedding_forward, rope_tables, to_host, xp
 
 keep_freed_memory()
-name, device, memory_of, run_step, clipped_adamw_update = "numba", None, None, None, None
+name, device, memory_of, held_memory, run_step, clipped_adamw_update = "numba", None, None, None, None, None
 stored = SimpleNamespace(few_rows=FEW, decodes=decodes, resident=lambda tensor: tensor, dequantize=dequantize,
                          embedding_forward=stored_embedding_forward, linear_forward=stored_linear_forward,
                          linear_backward_input=stored_linear_backward_input)
