@@ -18,18 +18,24 @@ def rope_tables(positions, rotary_dim, theta, sections=None, dtype=np.float32):
     raises      InputError for an odd rotary_dim or positions of another shape
     """
     positions = np.asarray(positions, np.float64)
+    frequency, axis = frequencies(positions.shape, rotary_dim, theta, sections)
+    angle = positions.reshape(-1, positions.shape[-1])[axis].T * frequency
+    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+
+
+def frequencies(shape, rotary_dim, theta, sections):
+    """theta^(-2 j / rotary_dim), float64, and the axis of positions of this shape that j follows, 0 .. 2; errors as
+    above. Both (rotary_dim / 2,)."""
     if rotary_dim % 2:
         raise InputError(f"rotary_dim is {rotary_dim}; features are rotated in pairs, so it must be even")
-    if positions.ndim == 2 and (len(positions) != 3 or sections is None):
-        raise InputError(f"positions have shape {positions.shape}; they must be (L,), or (3, L) with sections")
+    if len(shape) == 2 and (shape[0] != 3 or sections is None):
+        raise InputError(f"positions have shape {shape}; they must be (L,), or (3, L) with sections")
     j = np.arange(rotary_dim // 2)
-    frequency = theta ** (-2 * j / rotary_dim)                             # float64
-    if positions.ndim == 1:
-        angle = positions[:, None] * frequency
-    else:
-        axis = np.where((j % 3 == 1) & (j < 3 * sections[1]), 1, np.where((j % 3 == 2) & (j < 3 * sections[2]), 2, 0))
-        angle = positions[axis].T * frequency
-    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+    axis = np.zeros_like(j)
+    if len(shape) == 2:
+        axis[(j % 3 == 1) & (j < 3 * sections[1])] = 1
+        axis[(j % 3 == 2) & (j < 3 * sections[2])] = 2
+    return theta ** (-2 * j / rotary_dim), axis
 
 
 def rope_forward(x, cos, sin):

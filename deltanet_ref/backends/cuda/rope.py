@@ -1,22 +1,26 @@
-"""Partial rotary embedding, one pass. Mathematics: docs/derivations/rope.md. Kernel: kernels/rope.cu."""
+"""Partial rotary embedding, one pass. Mathematics: docs/derivations/rope.md. Kernels: kernels/rope.cu."""
 
 import numpy as np
 
-from deltanet_ref import ops
 from deltanet_ref.backends.cuda.layout import THREADS, blocks, real, rows, vector, wide
 from deltanet_ref.errors import InputError
+from deltanet_ref.ops.rope import frequencies
 
 
 def rope_tables(device, positions, rotary_dim, theta, sections=None, dtype=np.float32):
-    """cos, sin (L, rotary_dim / 2): as ops.rope_tables, made on the host in float64. They are float32 for any dtype of
+    """cos, sin (L, rotary_dim / 2): as ops.rope_tables, from float64 angles. They are float32 for any dtype of
     activations."""
     if np.dtype(dtype) not in (np.dtype(np.float32), device.bf16):
         raise InputError(f"the cuda backend rotates float32 and bfloat16, not {np.dtype(dtype)}")
-
-    def table(i):
-        return lambda positions: ops.rope_tables(positions, rotary_dim, theta, sections, np.float32)[i]
-
-    return tuple(device.upload(positions, make=table(i)) for i in (0, 1))
+    positions = np.asarray(positions)
+    frequency, axis = frequencies(positions.shape, rotary_dim, theta, sections)
+    L, half = positions.shape[-1], rotary_dim // 2
+    cos, sin = (device.empty((L, half), np.float32) for _ in range(2))
+    kernel = device.kernel("rope", "rope_tables", REAL=np.float32, VECTOR=1)
+    turns, axis = device.upload(frequency / (2 * np.pi), np.float64), device.upload(axis, np.int32)
+    positions = device.upload(positions, np.float64)
+    device.launch(kernel, blocks(L * half, THREADS), THREADS, positions, L, turns, axis, half, cos, sin)
+    return cos, sin
 
 
 def rope_forward(device, x, cos, sin):

@@ -733,6 +733,12 @@ static inline float __int_as_float(int x) { return emulator_bits<float>(x); }
 
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
+// cos and sin of pi x. Macros, since newer C libraries have functions of these names.
+static inline double emulator_cospi(double x) { return cos(3.14159265358979323846 * x); }
+static inline double emulator_sinpi(double x) { return sin(3.14159265358979323846 * x); }
+#define cospi emulator_cospi
+#define sinpi emulator_sinpi
+
 #define EMULATOR_MINMAX(T)                                          \
     static inline T min(T a, T b) { return b < a ? b : a; }         \
     static inline T max(T a, T b) { return a < b ? b : a; }
