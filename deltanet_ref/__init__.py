@@ -43,7 +43,7 @@ def load_model(path: str | Path, backend: str = "auto", dtype: str = "float32", 
              they are used
     weights  of a GGUF: "mapped" (decoded at each use), "expanded" (decoded once and kept), or "auto": mapped where the
              backend decodes fast (numba: all common types), the others expanded if they fit in half of the available
-             memory
+             memory; with cuda all are expanded if they fit in half of the card's
     returns  Qwen35 (model.config, model.logits, model.loss_and_grads, ...); model.notes lists what was left out
     raises   InputError that lists everything wrong with the file; at the first use of a tensor that is not finite, too
     """

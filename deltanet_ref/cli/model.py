@@ -31,7 +31,7 @@ def add_model_arguments(parser, backend: str = "auto") -> None:
         default="auto",
         metavar="MODE",
         help=f"how a GGUF's weights are held: {', '.join(MODES)}. mapped decodes a tensor at each use, "
-        "expanded decodes it once; auto expands types that are slow to decode if half of the free "
+        "expanded decodes it once; auto expands types that are slow to decode, and on a GPU all, if half of the free "
         "memory is enough (default auto)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")

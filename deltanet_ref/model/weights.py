@@ -30,7 +30,8 @@ class Weights(Mapping):
     stored   name -> GGUFTensor or array
     mode     "mapped": a tensor is decoded at each use. "expanded": once, when it is first needed as a whole, and kept
              in the model's dtype. "auto": mapped where the backend decodes the type fast, which costs 2 % of a pass
-             over many tokens; the others expanded, if together they take at most SHARE of the available memory
+             over many tokens; the others expanded, if together they take at most SHARE of the available memory. On a
+             device all are expanded, if they take at most SHARE of its free memory
     backend  backends.interface.Backend: where the arrays live and what multiplies them
     """
 
@@ -63,9 +64,17 @@ class Weights(Mapping):
         stored = [name for name in self._stored if self._is_stored(name)]
         if mode == "expanded":
             return stored
-        slow = [name for name in stored if mode == "auto" and not self._decodes(name)]
-        size = sum(math.prod(self.shape(name)) for name in slow) * self.dtype.itemsize
-        return slow if size <= SHARE * available_memory() else []
+        if mode == "mapped":
+            return []
+        slow = [name for name in stored if not self._decodes(name)]
+        if self.backend.memory_of is None:
+            return slow if self._size(slow) <= SHARE * available_memory() else []
+        _, free = self.backend.memory_of(lambda: None)
+        return next((names for names in (stored, slow) if self._size(names) <= SHARE * free), [])
+
+    def _size(self, names):
+        """Bytes of these tensors, decoded."""
+        return sum(math.prod(self.shape(name)) for name in names) * self.dtype.itemsize
 
     def _is_stored(self, name):
         """Whether the tensor is kept in the bytes of a file, not as an array."""

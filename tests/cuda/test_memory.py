@@ -19,11 +19,13 @@ from deltanet_ref.backends.cuda import blas, stand_in
 from deltanet_ref.backends.cuda.arena import peak, plan, recording
 from deltanet_ref.backends.cuda.device import on_host
 from deltanet_ref.formats import quants
-from deltanet_ref.formats.gguf import GGUFTensor
+from deltanet_ref.formats.gguf import GGUFTensor, read_gguf
+from deltanet_ref.model.load import weights_from_gguf
 from deltanet_ref.model.qwen35 import Qwen35
 from deltanet_ref.model.tensors import expected_tensors
 from deltanet_ref.model.weights import Weights
 from tests.cuda.resources import Listing, config_08b
+from tests.paths import FIXTURES
 from tests.test_load import ATTENTION, DELTA
 
 CONTEXT, LAYERS, RANK, LENGTH = 0.5e9, 32, 16, 1024
@@ -99,3 +101,15 @@ def test_large_models_train_on_small_cards(untouched, name, limit):
     total = totals[0] + (totals[1] - totals[0]) * (LAYERS - 4) / 4
     assert total < limit, f"{total / 1e9:.2f} GB, arenas of 4 and 8 layers: {[f'{a / 1e9:.2f}' for a in arenas]}"
     print(f"{name}: {total / 1e9:.2f} GB, arenas of 4 and 8 layers: {[f'{a / 1e9:.2f}' for a in arenas]}")
+
+
+@pytest.mark.parametrize("share, kept", [(2.1, True), (1.9, False)])
+def test_weights_are_decoded_once_where_the_card_has_room_for_it(monkeypatch, share, kept):
+    """auto: in bfloat16 on the card if half of its free memory is enough, otherwise they stay quantised."""
+    backend = cuda.emulated()
+    file = read_gguf(FIXTURES / "quant/quant-Q4_K_M.gguf")
+    _, mapped, _ = weights_from_gguf(file, "bfloat16", backend, "mapped")
+    decoded = sum(2 * np.prod(mapped.shape(name)) for name in mapped if mapped._is_stored(name))
+    monkeypatch.setattr(stand_in.Memory, "total", backend.held_memory() + int(share * decoded))
+    _, weights, _ = weights_from_gguf(file, "bfloat16", backend, "auto")
+    assert bool(weights._kept) == kept and not mapped._kept
