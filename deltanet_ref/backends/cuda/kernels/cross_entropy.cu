@@ -1,7 +1,9 @@
 // Cross-entropy over a vocabulary: of given logits, and of a linear map whose logits exist only a tile at a time.
 //
-// Mathematics: docs/derivations/cross-entropy.md, tags [xent.1..11]. One block of THREADS threads per row. A row's
-// softmax is kept as peak and total, both float32, as is everything else here but logits, x, w and their gradients.
+// Mathematics: docs/derivations/cross-entropy.md, tags [xent.1..11].
+//
+// Design. One block of THREADS threads per row. A row's softmax is kept as peak and total, both float32, as is
+// everything else here but logits, x, w and their gradients.
 //
 //   cross_entropy_forward, _backward   logits are given; each pass reads them once
 //   linear_cross_entropy_tile          step 2 of ops.linear_cross_entropy: a tile of logits becomes exp(logit - peak)

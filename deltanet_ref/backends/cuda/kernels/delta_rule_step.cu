@@ -1,6 +1,6 @@
 // One token of the gated delta rule for each sequence, for decoding: o and S [delta.1..4].
 //
-// A block per sequence, value head and COLUMNS columns of d_v; a warp sums over a part of d_k, a lane has one column.
+// Design. A block per sequence, value head and COLUMNS columns of d_v; a warp sums over a part of d_k, a lane has one column.
 // Two passes over S: k S and q S, then S' = exp(g) S + k u; the second finds S in the cache. o = scale (exp(g) q S +
 // (q.k) u).
 //

@@ -1,7 +1,9 @@
 // Tensors in the bytes of a GGUF file, decoded: Q8_0 Q4_0 Q4_K Q5_K Q6_K, and F16 BF16 F32 converted.
 //
 // Layouts: github.com/ggml-org/ggml, the block_* structs of src/ggml-common.h; backends/numba_cpu/quants.py describes
-// them in the same terms. A value is (d scale) number - m minimum. Each thread decodes 8 neighbouring values, so that a
+// them in the same terms. A value is (d scale) number - m minimum.
+//
+// Design. Each thread decodes 8 neighbouring values, so that a
 // warp writes 256 neighbouring values and reads their bytes once; scales come from the L1 cache. Blocks start at even
 // addresses only, so bytes are read in pairs.
 //
