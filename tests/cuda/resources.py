@@ -26,6 +26,7 @@ from tests.test_load import ATTENTION, DELTA, small_config
 
 TABLE = Path(__file__).with_name("resources.json")
 ARCHITECTURES = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # compute capability -> KiB of shared memory of a block
+HEADS = ((96, 192), (128, 48))  # other head sizes of delta rules: d_k, d_v
 WIDTHS = (1024, 2048, 2560, 4096)  # hidden sizes of 0.8B, 2B, 4B and 9B
 REGISTERS = 65536  # of a multiprocessor, on all of them
 FUNCTION = re.compile(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.S)
@@ -97,7 +98,14 @@ def dry_run() -> dict:
         _, state = model.prefill(ids[0])
         model.step(3, state)
         p, g, m, v = (device.empty((16, 1024), np.float32) for _ in range(4))
-        backend.adamw_update(p, g, m, v, t=1, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+        options = dict(t=1, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+        backend.adamw_update(p, g, m, v, **options)
+        backend.clipped_adamw_update(p, g, m, v, limit=1.0, **options)
+        for d_k, d_v in HEADS:
+            q, k, v = (device.empty((1, 70, 2, d), backend.dtypes[dtype]) for d in (d_k, d_k, d_v))
+            g, beta = (device.empty((1, 70, 2), np.float32) for _ in range(2))
+            o, _, cache = backend.gated_delta_rule_forward(q, k, v, g=g, beta=beta)
+            backend.gated_delta_rule_backward(o, None, cache)
         logits = device.empty((3, config.vocab_size), backend.dtypes[dtype])
         _, cache = backend.cross_entropy_forward(logits, ids[0, :3])
         backend.cross_entropy_backward(1.0, cache)
@@ -182,7 +190,29 @@ def problems(rows: dict) -> list:
     return found
 
 
+def write(rows: dict) -> None:
+    """The table as a file, a line for each kernel: threads, dynamic shared memory, NUMBERS for each architecture."""
+    lines = []
+    for name, row in rows.items():
+        numbers = [list(row[f"sm_{architecture}"].values()) for architecture in ARCHITECTURES]
+        lines.append(f" {json.dumps(name)}: {json.dumps([row['threads'], row['dynamic_shared'], numbers])}")
+    head = [("nvrtc", version()), ("architectures", list(ARCHITECTURES)), ("numbers", list(NUMBERS))]
+    text = ",\n".join([*(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head), *lines])
+    TABLE.write_text(f"{{\n{text}\n}}\n")
+
+
+def read() -> tuple[str, dict]:
+    """(version of NVRTC, the table as measure returns it) of the file."""
+    table = json.loads(TABLE.read_text())
+    nvrtc, architectures, names = (table.pop(key) for key in ("nvrtc", "architectures", "numbers"))
+    return nvrtc, {
+        kernel: {"threads": threads, "dynamic_shared": shared}
+        | {f"sm_{architecture}": dict(zip(names, n)) for architecture, n in zip(architectures, numbers, strict=True)}
+        for kernel, (threads, shared, numbers) in table.items()
+    }
+
+
 if __name__ == "__main__":
-    table = {"nvrtc": version(), "kernels": measure()}
-    TABLE.write_text(json.dumps(table, indent=1) + "\n")
-    print(*problems(table["kernels"]), sep="\n")
+    rows = measure()
+    write(rows)
+    print(*problems(rows), sep="\n")

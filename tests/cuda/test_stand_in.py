@@ -1,12 +1,15 @@
 """The stand-in refuses what CuPy 14.2 refuses (its source was read for each), and computes as NumPy does."""
 
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from deltanet_ref.backends.cuda import stand_in as cp
+from deltanet_ref.backends.cuda.delta_rule import gated_delta_rule_forward
 from deltanet_ref.backends.cuda.device import Device
+from deltanet_ref.errors import InputError
 
 HOST = np.arange(12, dtype=np.float32).reshape(3, 4)
 
@@ -232,3 +235,17 @@ def test_an_allocator_of_functions_sees_every_allocation_and_free(device):
         gc.collect()
         assert log == [60, -place] and place == base.ptr + 512
     assert (base.mem.bytes[512:572] == 0).all() and base.mem.bytes[572] == 0xFF
+
+
+def test_a_kernel_that_needs_more_shared_memory_than_the_card_has_is_refused_in_one_line(monkeypatch):
+    """float32 with d_k 256 on a card of compute capability 8.9."""
+    monkeypatch.setattr(
+        cp.cuda, "Device", lambda: SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 99 << 10})
+    )
+    device = Device(cp)
+    q, v = device.zeros((1, 3, 1, 256), np.float32), device.zeros((1, 3, 1, 64), np.float32)
+    g = device.zeros((1, 3, 1), np.float32)
+    with pytest.raises(
+        InputError, match="bytes of shared memory for these sizes, a block of this card has 101,376: use"
+    ):
+        gated_delta_rule_forward(device, q, q, v, g=g, beta=g)

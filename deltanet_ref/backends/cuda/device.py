@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deltanet_ref.backends.cuda import blas
+from deltanet_ref.errors import InputError
 
 KERNELS = Path(__file__).parent / "kernels"
 C_TYPES = {"float32": "float", "bfloat16": "__nv_bfloat16", "float64": "double"}
@@ -73,6 +74,11 @@ class Device:
         finally:
             self._uploads = None
 
+    @functools.cached_property
+    def shared_limit(self) -> int:
+        """Bytes of shared memory that a block of this card may have."""
+        return self.xp.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+
     def free_memory(self) -> int:
         """Bytes that can be allocated."""
         self.xp.get_default_memory_pool().free_all_blocks()
@@ -118,6 +124,11 @@ class Device:
         return self._kernels[key]
 
     def _compile(self, file, name, shared, macros):
+        if shared > self.shared_limit:
+            raise InputError(
+                f"{name} needs {shared:,} bytes of shared memory for these sizes, a block of this card has "
+                f"{self.shared_limit:,}: use bfloat16, or backend='numba'"
+            )
         macros = tuple((macro, self._macro(value)) for macro, value in sorted(macros.items()))
         if (file, macros) not in self._modules:  # its entry points are compiled together
             options = ("-std=c++17", f"-I{KERNELS}", *(f"-D{macro}={value}" for macro, value in macros))

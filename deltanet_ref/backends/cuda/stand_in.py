@@ -684,7 +684,13 @@ def get_default_memory_pool():
     return SimpleNamespace(free_all_blocks=lambda: None, total_bytes=lambda: sum(block.size for block in Memory.blocks))
 
 
+def Device():
+    """The current device: one of Hopper's."""
+    return SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 227 << 10})
+
+
 cuda = SimpleNamespace(
+    Device=Device,
     runtime=SimpleNamespace(memGetInfo=lambda: (Memory.free(), Memory.total)),
     Memory=Memory,
     MemoryPointer=MemoryPointer,

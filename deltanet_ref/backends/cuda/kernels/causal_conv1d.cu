@@ -108,7 +108,7 @@ __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
 
 // x, y (T, channels); state, state_end (count, K - 1, channels), state null for zeros; w (channels, K);
 // cu_seqlens (count + 1,); grid (channels / (VECTOR THREADS), runs + count), runs of `run` tokens
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 causal_conv1d_forward(const REAL* __restrict__ x, const float* __restrict__ w, const REAL* __restrict__ state,
                       const int* __restrict__ cu_seqlens, int count, int T, int channels, int run, int runs,
                       REAL* __restrict__ y, REAL* __restrict__ state_end) {

@@ -155,7 +155,7 @@ softmax_attention_forward(const REAL* q, const REAL* k, const REAL* v, const int
     const int rows = min(FORWARD_QUERIES, of.queries - first), keys = of.past() + first + rows;
     const int warp_row = threadIdx.x / WARP * 16;
     const int own_key = of.past() + first + warp_row;                    // of the warp's first row
-    const long long q_stride = static_cast<long long>(H) * D, k_stride = static_cast<long long>(H_kv) * D;
+    const int q_stride = H * D, k_stride = H_kv * D;
 
     extern __shared__ __align__(16) unsigned char shared[];
     Carver carver{shared};
@@ -248,7 +248,7 @@ softmax_attention_dq(const REAL* dO, const REAL* q, const REAL* k, const REAL* v
     const int rows = min(DQ_QUERIES, of.queries - first), keys = of.past() + first + rows;
     const int warp_row = threadIdx.x / WARP * 16;
     const int own_key = of.past() + first + warp_row;
-    const long long q_stride = static_cast<long long>(H) * D, k_stride = static_cast<long long>(H_kv) * D;
+    const int q_stride = H * D, k_stride = H_kv * D;
 
     extern __shared__ __align__(16) unsigned char shared[];
     Carver carver{shared};
@@ -301,7 +301,7 @@ softmax_attention_dq(const REAL* dO, const REAL* q, const REAL* k, const REAL* v
 }
 
 // grid (H_kv, tiles of keys). Rows of scores are keys, columns are queries.
-extern "C" __global__ void __launch_bounds__(DKV_THREADS)
+extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
 softmax_attention_dkv(const REAL* dO, const REAL* q, const REAL* k, const REAL* v, const float* peak,
                       const float* total, const float* mean, const int* cu_seqlens, REAL* dk, REAL* dv, int sequences,
                       int L, int M, int tokens, int H, int H_kv, float scale) {
@@ -312,7 +312,7 @@ softmax_attention_dkv(const REAL* dO, const REAL* q, const REAL* k, const REAL* 
     const int first = place.tile * DKV_KEYS, rows = min(DKV_KEYS, of.keys - first);
     const int pair = threadIdx.x / WARP / 2, warp_row = 16 * pair, lane = threadIdx.x % WARP;
     const bool of_dv = threadIdx.x / WARP % 2 == 0;                      // this warp computes P and dv, or dP and dk
-    const long long q_stride = static_cast<long long>(H) * D, k_stride = static_cast<long long>(H_kv) * D;
+    const int q_stride = H * D, k_stride = H_kv * D;
     // The queries of one head that see a key of the tile, in tiles of DKV_QUERIES; then those of the next head
     const int first_query = max(0, first - of.past()) / DKV_QUERIES * DKV_QUERIES;
     const int tiles = (of.queries - first_query + DKV_QUERIES - 1) / DKV_QUERIES, steps = group * tiles;
