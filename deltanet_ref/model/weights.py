@@ -116,6 +116,8 @@ class Weights(Mapping):
             return self[name][ids]
         self._check(name)
         tensor = self._stored[name]
+        if isinstance(ids, slice) and self._decodes(name):
+            tensor = self._on_backend(name)                       # on a device they are not uploaded again
         raw = quants.rows(tensor.raw, tensor.type, tensor.shape, ids)
         count = len(range(*ids.indices(tensor.shape[0]))) if isinstance(ids, slice) else len(ids)
         return self._decode(name, raw, (count, *tensor.shape[1:]))

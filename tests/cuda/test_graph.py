@@ -173,3 +173,18 @@ def test_a_shape_that_needs_more_memory_replaces_the_block_of_all(device):
             want = step(**inputs(T, T))[1]["h"].get()
             np.testing.assert_array_equal(steps.run(T, inputs(T, T), inputs(99, T), step)[1]["h"].get(), want)
     assert steps._shapes[6]._arena.memory is steps._shapes[600]._arena.memory
+
+
+def test_a_block_that_cannot_be_had_leaves_later_steps_whole(device, monkeypatch):
+    steps, step = Steps(device), make_step(device, device.upload(WEIGHTS))
+    for _ in range(2):
+        steps.run(6, inputs(6, 6), inputs(99, 6), step)
+    steps.run(600, inputs(0, 600), inputs(99, 600), step)
+    with monkeypatch.context() as patch:
+        patch.setattr(cp.cuda, "alloc", lambda size: (_ for _ in ()).throw(cp.OutOfMemoryError("no")))
+        with pytest.raises(cp.OutOfMemoryError):
+            steps.run(600, inputs(0, 600), inputs(99, 600), step)
+    for T in (6, 7, 6, 7):  # both have their places in one block again
+        want = step(**inputs(T, T))[1]["h"].get()
+        np.testing.assert_array_equal(steps.run(T, inputs(T, T), inputs(99, T), step)[1]["h"].get(), want)
+    assert steps._memory is not None and steps._size >= steps._shapes[7].plan.size

@@ -283,6 +283,29 @@ def test_out_of_memory_says_what_would_have_fitted(backend, monkeypatch, share):
         model.loss_and_grads(ids[:, : fitting + 32], ids[:, : fitting + 32], wrt="lora", keep="products")
 
 
+def test_a_step_uploads_no_quantised_weight_and_its_memory_is_measured_without_a_graph(backend, monkeypatch):
+    """The head's bytes too stay on the card; and what a step needs is the same before and after its capture."""
+    model = Qwen35(*weights_from_gguf(read_gguf(FIXTURES / QUANTISED), "bfloat16", backend, "mapped")[:2])
+    attach(model)
+    device = backend.run_step.__self__.device
+
+    def step():
+        model.loss_and_grads(IDS, LABELS, cu_seqlens=CU_SEQLENS, wrt="lora")
+
+    step()
+    needed, _ = backend.memory_of(step)
+    uploads, upload = [], device.upload
+    monkeypatch.setattr(
+        device, "upload", lambda *args, **options: uploads.append(upload(*args, **options)) or uploads[-1]
+    )
+    backend.memory_of(step)
+    assert 0 < sum(x.nbytes for x in uploads) < 8192 < model.weights._stored[model.head].raw.nbytes
+    monkeypatch.undo()
+    step()  # captured
+    assert any(isinstance(found, Graph) for found in backend.run_step.__self__._shapes.values())
+    assert backend.memory_of(step)[0] == needed
+
+
 @both_dtypes
 def test_a_trace_has_no_divergence_from_that_of_ops(backend, dtype):
     """Forward and backward, every stage of every layer, within what diff allows for the dtype. Gradients of parameters

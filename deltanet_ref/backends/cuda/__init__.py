@@ -53,6 +53,7 @@ def backend_of(device: Device, name: str, description: str) -> SimpleNamespace:
     for module, names in MODULES.items():
         module = import_module(f"{__name__}.{module}")
         functions |= {operator: functools.partial(getattr(module, operator), device) for operator in names.split()}
+    steps = Steps(device)
     return SimpleNamespace(
         **functions,
         to_host=functools.partial(to_host, device),
@@ -63,9 +64,9 @@ def backend_of(device: Device, name: str, description: str) -> SimpleNamespace:
         set_threads=None,
         stored=stored(device),
         delta_layer_step=None,
-        memory_of=functools.partial(memory_of, device),
+        memory_of=functools.partial(memory_of, device, steps),
         held_memory=device.held_memory,
-        run_step=Steps(device).run,
+        run_step=steps.run,
         clipped_adamw_update=functools.partial(clipped_adamw_update, device),
     )
 
@@ -83,11 +84,15 @@ def to_host(device, x):
     return host.astype(np.float32) if host.dtype == device.bf16 else host
 
 
-def memory_of(device, step):
-    """(the most bytes that step() needs at one time, the bytes that are free for it)."""
-    free = device.free_memory()
-    with recording(device.xp) as recorder:
-        step()
+def memory_of(device, steps, step):
+    """(the most bytes that step() needs at one time, the bytes that are free for it). No graph stands for the step."""
+    free, graphs = device.free_memory(), steps.graphs
+    steps.graphs = False
+    try:
+        with recording(device.xp) as recorder:
+            step()
+    finally:
+        steps.graphs = graphs
     return peak(recorder.allocations), free
 
 

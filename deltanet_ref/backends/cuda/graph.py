@@ -176,7 +176,7 @@ class Steps:
         if size > self._size:
             for key, found in self._shapes.items():
                 self._shapes[key] = None if isinstance(found, Graph) else found
-            self._memory = None  # freed before the new one is allocated
+            self._memory, self._size = None, 0  # freed before the new one is allocated, which may fail
             self._memory, self._size = self.device.xp.cuda.alloc(size), size
         return self._memory
 
