@@ -385,8 +385,9 @@ delta_rule_sum_heads(const REAL* x, int H_k, int H_v, int tiled, long long n, RE
     constexpr int N = PIECE<REAL>;
     const long long place = (static_cast<long long>(blockIdx.x) * 256 + threadIdx.x) * N;
     if (place >= n) return;
-    const int column = static_cast<int>(place % D_K), h_k = static_cast<int>(place / D_K % H_k), group = H_v / H_k;
-    const long long token = place / D_K / H_k;
+    const int row = static_cast<int>(place / D_K), column = static_cast<int>(place - static_cast<long long>(row) * D_K);
+    const int h_k = row % H_k, group = H_v / H_k;
+    const long long token = row / H_k;
     float sums[N] = {};
     for (int i = 0; i < group; ++i) {
         const int head = tiled ? i * H_k + h_k : h_k * group + i;
