@@ -1,22 +1,17 @@
 """What one process of the benchmark does: measure one thing and print it as a line of JSON.
 
 A kernel that fails can leave the card's context unusable, and a peer can leave its memory full: each measurement has a
-process of its own. Times are those of the host around many runs, the device synchronised before and after.
+process of its own.
 """
 
-import statistics
-import time
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
 from bench.gpu.items import ITEMS
+from bench.gpu.timing import LIMITS, median_seconds, random_batches, seconds_of, timed_steps
 from deltanet_ref import ops
 from deltanet_ref.backends import get_backend
-
-LIMITS = {"float32": 1e-5, "bfloat16": 4e-2}  # relative errors above which an engine is wrong and is not timed
-ROUNDS = 7  # of a median
-SECONDS = 0.05  # of one round
 
 
 class Engine:
@@ -28,7 +23,7 @@ class Engine:
         self.emulated = name == "cuda-emulated"
         self.stream = self.xp.cuda.Stream(non_blocking=True)
 
-    def arrays(self, item, x: dict, dtype: str) -> dict:
+    def arrays(self, item, x: dict, dtype: str) -> tuple[dict, dict]:
         """Inputs on the device, and the same numbers as float64 on the host: rounded once."""
         types = self.backend.dtypes
         device, host = {}, {}
@@ -41,23 +36,11 @@ class Engine:
         return device, host
 
     def seconds(self, run) -> float:
-        """Median seconds of run(), which only launches work."""
-        run()
-        self.stream.synchronize()
-        start = time.perf_counter()
-        run()
-        self.stream.synchronize()
-        if self.emulated:  # a trial of the script; these times mean nothing
-            return time.perf_counter() - start
-        n = max(1, int(SECONDS / (time.perf_counter() - start)))
-        return statistics.median(self._round(run, n) for _ in range(ROUNDS))
-
-    def _round(self, run, n):
-        start = time.perf_counter()
-        for _ in range(n):
+        """Median seconds of run(); of one run in a trial, whose times mean nothing."""
+        if self.emulated:
             run()
-        self.stream.synchronize()
-        return (time.perf_counter() - start) / n
+            return seconds_of(run, self.stream.synchronize, 1)
+        return median_seconds(run, self.stream.synchronize)
 
     def eager_and_graph(self, run) -> dict:
         """Seconds of run(), launched by Python and as a captured graph."""
@@ -172,24 +155,17 @@ def step(engine: Engine, path: str, length: int, sequences: int, graphs: bool, s
     adapter = new_adapter(model, 16, 32)
     model.attach(adapter, trainable=True)
     optimizer = AdamW(backend=model.backend)
-    rng = np.random.default_rng(1)
-    losses, seconds = [], []
-    for _ in range(steps):
-        tokens = rng.integers(0, model.config.vocab_size, (sequences, length))
-        start = time.perf_counter()
+
+    def one(tokens):
         loss, grads = model.loss_and_grads(tokens, tokens, wrt="lora", keep="everything")
         optimizer.step(adapter.tensors, grads, 1e-4, 1.0)
-        engine.xp.cuda.get_current_stream().synchronize()
-        seconds.append(time.perf_counter() - start)
-        losses.append(float(loss))
-    median = statistics.median(seconds[3:] or seconds)
-    return dict(
-        seconds=median,
-        tokens_per_s=length * sequences / median,
-        losses=losses,
-        memory_bytes=None if engine.emulated else _memory_in_use(engine.xp),
-        right=bool(np.isfinite(losses).all() and losses[0] < 2 * np.log(model.config.vocab_size)),
-    )
+        return loss
+
+    batches = random_batches(model.config.vocab_size, sequences, length, steps)
+    record = timed_steps(one, batches, engine.xp.cuda.get_current_stream().synchronize)
+    plausible = bool(record["losses"][0] < 2 * np.log(model.config.vocab_size))
+    memory = None if engine.emulated else _memory_in_use(engine.xp)
+    return record | dict(memory_bytes=memory, right=record["right"] and plausible)
 
 
 def _memory_in_use(xp):

@@ -3,15 +3,11 @@
 A peer that is missing raises ImportError, and the report says so.
 """
 
-import statistics
-import time
-
 import numpy as np
 
-from bench.gpu.items import RULES
+from bench.gpu.items import ITEMS, RULES
+from bench.gpu.timing import LIMITS, median_seconds, random_batches, timed_steps
 
-LIMIT = 4e-2  # relative error of o in bfloat16, against ops in float64, above which a peer is wrong and is not timed
-ROUNDS, SECONDS = 7, 0.05
 CHECKED = 512  # tokens whose o is compared: the rule is causal
 
 
@@ -44,7 +40,6 @@ def _rule(name, forward):
     """Seconds of forward, and of forward and backward, of a torch function at one of the shapes of RULES."""
     import torch
 
-    from bench.gpu.items import ITEMS
     from deltanet_ref.ops import gated_delta_rule as gdr
 
     sizes = RULES[name]
@@ -56,7 +51,7 @@ def _rule(name, forward):
     host = {n: a[:1, :CHECKED].double().cpu().numpy() for n, a in device.items()}
     want, _, _ = gdr.chunk_forward(host["q"], host["k"], host["v"], g=host["g"], beta=host["beta"])
     error = float(np.linalg.norm(o - want) / np.linalg.norm(want))
-    if not error <= LIMIT:
+    if not error <= LIMITS["bfloat16"]:
         return dict(right=False, errors=dict(bfloat16=error))
     with torch.no_grad():
         record = dict(right=True, errors=dict(bfloat16=error), forward=_eager_and_graph(lambda: forward(**device)))
@@ -75,7 +70,7 @@ def _rule(name, forward):
 def _eager_and_graph(run):
     import torch
 
-    record = dict(eager_s=_seconds(run))
+    record = dict(eager_s=median_seconds(run, torch.cuda.synchronize))
     try:
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
@@ -84,30 +79,10 @@ def _eager_and_graph(run):
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             run()
-        record["graph_s"] = _seconds(graph.replay)
+        record["graph_s"] = median_seconds(graph.replay, torch.cuda.synchronize)
     except Exception as error:  # a peer that cannot be captured is timed eagerly alone
         record["no_graph"] = f"{type(error).__name__}: {error}"[:200]
     return record
-
-
-def _seconds(run):
-    import torch
-
-    run()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    n = max(1, int(SECONDS / (time.perf_counter() - start)))
-
-    def round_of():
-        start = time.perf_counter()
-        for _ in range(n):
-            run()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) / n
-
-    return statistics.median(round_of() for _ in range(ROUNDS))
 
 
 def peer_hf_peft(shape, length, sequences, steps):
@@ -127,24 +102,15 @@ def peer_hf_peft(shape, length, sequences, steps):
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=HF_TARGETS))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-    rng, seconds, losses = np.random.default_rng(1), [], []
-    for _ in range(steps):
-        tokens = torch.from_numpy(rng.integers(0, config.vocab_size, (sequences, length))).cuda()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+
+    def step(tokens):
+        tokens = torch.from_numpy(tokens).cuda()
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        losses.append(float(loss))
-    median = statistics.median(seconds[3:] or seconds)
-    return dict(
-        seconds=median,
-        tokens_per_s=length * sequences / median,
-        losses=losses,
-        memory_bytes=torch.cuda.max_memory_reserved(),
-        right=bool(np.isfinite(losses).all()),
-    )
+        return loss
+
+    batches = random_batches(config.vocab_size, sequences, length, steps)
+    return timed_steps(step, batches, torch.cuda.synchronize) | dict(memory_bytes=torch.cuda.max_memory_reserved())

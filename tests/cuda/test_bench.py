@@ -9,7 +9,8 @@ import pytest
 
 from bench.gpu import __main__ as gpu
 from bench.gpu.items import ITEMS
-from bench.gpu.measure import LIMITS, Engine, correctness, operator
+from bench.gpu.measure import Engine, correctness, operator
+from bench.gpu.timing import LIMITS
 from deltanet_ref.backends.interface import OPERATORS
 
 ROOT = Path(__file__).parents[2]
